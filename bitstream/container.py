@@ -1,0 +1,351 @@
+"""The .vq2 file format, version 1. This docstring is the specification, the code below implements it.
+
+A file is a header of 25 bytes, then chunks, then an end mark. Numbers are unsigned and little-endian. To
+*refuse* is to raise the named error of `bitstream.errors`, and to do so before memory is allocated in
+proportion to a number that was read from the file.
+
+
+1. Header
+
+======  ====  ===========  ========================================================  =======================
+offset  size  field        meaning and allowed range                                 otherwise refuse with
+======  ====  ===========  ========================================================  =======================
+0       4     magic        F6 56 51 32: a byte that UTF-8 does not use, then "VQ2"   NotVq2Error
+4       1     version      1                                                         UnsupportedVersionError
+5       1     level        quality level, 1..255 and one that the model has          DamagedError
+6       1     colour       colour mode, section 2                                    DamagedError
+7       3     width        width in pixels minus 1, so 1..2^24 pixels                LimitError
+10      3     height       height in pixels minus 1, so 1..2^24 pixels               LimitError
+13      8     fingerprint  identifies the model, section 4                           ModelMismatchError
+21      4     checksum     of header and decoded indices, section 4                  DamagedError
+======  ====  ===========  ========================================================  =======================
+
+The magic is checked first, then the version; a file that ends within the header is refused with DamagedError.
+Every size that can be written is valid, but width times height may not exceed a limit that the caller of the
+decoder sets, 2^28 pixels unless told otherwise; this is checked before the chunks are looked at. Fingerprint,
+level and checksum are checked by whoever holds the model.
+
+
+2. Colour modes
+
+=====  ==========  =======================================
+value  name        planes
+=====  ==========  =======================================
+0      GREY        grey
+1      RGB         red, green, blue
+2      GREY_ALPHA  grey, and an alpha chunk
+3      RGBA        red, green, blue, and an alpha chunk
+=====  ==========  =======================================
+
+
+3. Chunks
+
+A chunk is its type (1 byte), the length of its payload in bytes (a varint), and the payload. A varint is a
+LEB128 number: 7 bits in each byte, least significant first, the high bit set in every byte but the last. It
+has at most 5 bytes and no more than its value needs: the last byte is 0 only if it is the only one.
+
+==========  =====  ==========================================================================
+type        name   payload
+==========  =====  ==========================================================================
+0x01..0x08  grid   the indices of one grid, sections 5 to 7; 0x01 is the coarsest grid
+0x41        alpha  the alpha plane: a PNG file, 8-bit grey, of the image's width and height
+0x42        icc    the image's ICC profile
+0x43        exif   the image's EXIF block
+0x44        xmp    the image's XMP packet
+0x7F        end    none, and no length: this byte is the last of the file
+==========  =====  ==========================================================================
+
+A decoder refuses the file with DamagedError unless all of these hold:
+
+- every type is in the table, every payload is within the file, and nothing follows the end mark;
+- types ascend strictly, so that no chunk comes twice;
+- grids are numbered from 1 without a gap, at least one, and as many as the model has (in a model of two
+  grids, 1 is "top" and 2 is "bottom"); the other chunks are optional;
+- there is an alpha chunk exactly if the colour mode has alpha;
+- the payload of an optional chunk ends with 4 bytes, counted in its length, that are the CRC-32 of its type
+  byte and of the content before them.
+
+The version byte is the only extension mechanism: a new chunk type needs a new version.
+
+
+4. Fingerprint and checksum
+
+The fingerprint is the first 8 bytes of the SHA-256 of the prior's weights and the codebooks: of all that must
+be equal to read the indices.
+
+The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the decoded
+index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w). It covers what was decoded, not
+what was stored, so that it detects wrong tables as well as damage.
+
+
+5. Order of the indices
+
+A grid has h x w cells with M indices each, every index in 0..K-1. The number of grids, and M, K, h and w of
+each, follow from the model and the image's width and height. Cell (i, j), row i and column j, belongs to step
+t = j + 2i. Indices are coded by ascending step, within a step by ascending group m, within a group by
+ascending row i. Each grid is a payload of its own, and is coded when all coarser grids are known.
+
+
+6. Tables
+
+For each index the model gives K >= 2 logits, whole numbers in steps of 1/32 in log2. With d_k the largest
+logit minus logit k::
+
+    w_k = floor(2^(20 - (d_k mod 32) / 32) + 1/2) >> floor(d_k / 32)
+    u_k = 1 + floor((2^20 - K) * w_k / sum(w))
+
+and what the sum of all u_k then lacks of 2^20 is added to one of them: of those with d_k = 0, the one with
+the smallest k. So every u_k >= 1, and u_k / 2^20 is the probability that the index is k.
+
+
+7. rANS
+
+A payload is a sequence of 32-bit words. It may be empty; its last word is not 0. Otherwise, or if its length
+is not a multiple of 4 bytes, it is refused with DamagedError. A decoder has a state x, at first 0, and takes
+words from the end of the payload: before each index, while x < 2^32 and a word is left, x = 2^32 x + word.
+Then, with c_k = u_0 + ... + u_(k-1)::
+
+    s = x mod 2^24
+    k = the index, such that 16 c_k <= s < 16 (c_k + u_k)
+    x = 16 u_k floor(x / 2^24) + s - 16 c_k
+
+After the last index x must be 0 and no word be left, otherwise DamagedError. An encoder goes this way
+backwards, from the last index to the first: if x >= 2^40 * 16 u_k, it moves the low word of x to the end of
+the payload; then x = 2^24 floor(x / 16 u_k) + (x mod 16 u_k) + 16 c_k. At last x itself goes to the end, low
+word first, as many words as it needs. (This is the `AnsCoder` of the library constriction with default
+parameters: 64-bit state, 32-bit words, 24-bit precision, hence the factor 16.)
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from numpy.typing import NDArray
+
+from bitstream.errors import DamagedError, LimitError, NotVq2Error, UnsupportedVersionError
+
+MAGIC = b"\xf6VQ2"
+VERSION = 1
+HEADER_BYTES = 25  # the last 4 are the checksum
+FINGERPRINT_BYTES = 8
+MAX_LEVEL = 255
+MAX_SIDE = 2**24
+MAX_VARINT_BYTES = 5
+MAX_GRIDS = 8
+OPTIONAL_CHUNKS = {"alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order
+END = 0x7F
+
+DEFAULT_MAX_PIXELS = 2**28
+
+
+class ColourMode(IntEnum):
+    GREY = 0
+    RGB = 1
+    GREY_ALPHA = 2
+    RGBA = 3
+
+    @property
+    def has_alpha(self) -> bool:
+        return self in (ColourMode.GREY_ALPHA, ColourMode.RGBA)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a decoder must know before it reads an index.
+
+    level: 1..255.  width, height: 1..2**24 pixels.  fingerprint: 8 bytes.  ValueError for anything else.
+    """
+
+    level: int
+    width: int
+    height: int
+    colour: ColourMode
+    fingerprint: bytes
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.level <= MAX_LEVEL:
+            raise ValueError(f"quality level {self.level} is not in 1..{MAX_LEVEL}")
+        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
+            raise ValueError(f"image size {self.width} x {self.height} is not in 1..{MAX_SIDE}")
+        if len(self.fingerprint) != FINGERPRINT_BYTES:
+            raise ValueError(f"fingerprint has {len(self.fingerprint)} bytes, not {FINGERPRINT_BYTES}")
+
+
+@dataclass(frozen=True)
+class Container:
+    """A .vq2 file, taken apart.
+
+    grids: 1..8 rANS payloads, coarsest grid first.  alpha .. xmp: contents without their CRC, None where
+    there is no chunk; alpha is None exactly if the colour mode has no alpha.  ValueError for anything else.
+    """
+
+    header: Header
+    checksum: int
+    grids: tuple[bytes, ...]
+    alpha: bytes | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.checksum < 2**32:
+            raise ValueError(f"checksum {self.checksum} is not in 0..2^32 - 1")
+        if not 1 <= len(self.grids) <= MAX_GRIDS:
+            raise ValueError(f"{len(self.grids)} index grids, not 1..{MAX_GRIDS}")
+        if self.header.colour.has_alpha != (self.alpha is not None):
+            found = "no alpha plane" if self.alpha is None else "an alpha plane"
+            raise ValueError(f"colour mode is {self.header.colour.name}, but there is {found}")
+
+
+def pack(container: Container) -> bytes:
+    """The bytes of a .vq2 file.  Raises ValueError if a payload has 2**35 bytes or more."""
+    parts = [_header_bytes(container.header), container.checksum.to_bytes(4, "little")]
+    for kind, payload in enumerate(container.grids, start=1):
+        parts += [bytes([kind]), _varint(len(payload)), payload]
+    for name, kind in OPTIONAL_CHUNKS.items():
+        content: bytes | None = getattr(container, name)
+        if content is not None:
+            parts += [bytes([kind]), _varint(len(content) + 4), content, _crc(kind, content)]
+    return b"".join([*parts, bytes([END])])
+
+
+def unpack(data: bytes | bytearray | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Container:
+    """The inverse of `pack`.
+
+    Guarantees: whatever the bytes, it returns or raises a BitstreamError.  The header is checked before the
+    limit, the limit before the chunks, and nothing is copied before all lengths and chunk CRCs are in order.
+    Requirement: the indices decoded from the grids are passed to `verify`.
+    """
+    data = memoryview(data).cast("B")
+    header, stored = _parse_header(data)
+    if header.width * header.height > max_pixels:
+        raise LimitError(
+            f"the image has {header.width} x {header.height} pixels, the limit is {max_pixels}: "
+            "raise it (--max-pixels) if you trust the file"
+        )
+    chunks: dict[int, memoryview] = {}
+    for kind, payload in _parse_chunks(data):
+        known = kind <= MAX_GRIDS or kind in OPTIONAL_CHUNKS.values()
+        if not known or kind <= max(chunks, default=0):
+            raise DamagedError(f"chunk 0x{kind:02X} is unknown, repeated or out of order: damaged file")
+        chunks[kind] = payload
+    grids = [payload for kind, payload in chunks.items() if kind <= MAX_GRIDS]
+    if list(chunks)[: len(grids)] != list(range(1, len(grids) + 1)):
+        raise DamagedError("an index grid is missing: the file is damaged")
+    present = [(name, kind) for name, kind in OPTIONAL_CHUNKS.items() if kind in chunks]
+    contents = {name: _content(kind, chunks[kind]) for name, kind in present}
+    copies = {name: bytes(content) for name, content in contents.items()}
+    try:
+        return Container(header, stored, tuple(map(bytes, grids)), **copies)
+    except ValueError as error:
+        raise DamagedError(f"{error}: the file is damaged") from None
+
+
+def checksum(header: Header, grids: Sequence[NDArray[Any]]) -> int:
+    """CRC-32 of the header and the decoded index grids.
+
+    grids: coarsest first, each (M, h, w), of any integer dtype.  ValueError if an index is not in 0..65535.
+    """
+    crc = zlib.crc32(_header_bytes(header))
+    for grid in grids:
+        if grid.dtype.kind not in "iu" or (grid.size and not (grid.min() >= 0 and grid.max() < 2**16)):
+            raise ValueError(f"indices must be integers in 0..65535 (dtype {grid.dtype})")
+        crc = zlib.crc32(grid.astype("<u2").tobytes(), crc)
+    return crc
+
+
+def verify(container: Container, grids: Sequence[NDArray[Any]]) -> None:
+    """Raise DamagedError unless `grids`, as in `checksum`, are the indices that the file was made from."""
+    computed = checksum(container.header, grids)
+    if computed != container.checksum:
+        raise DamagedError(
+            "decoded indices do not match the file's checksum "
+            f"(stored {container.checksum:08x}, computed {computed:08x}): the file is damaged"
+        )
+
+
+def _header_bytes(header: Header) -> bytes:
+    """The header up to the checksum."""
+    return b"".join(
+        [
+            MAGIC,
+            bytes([VERSION, header.level, header.colour]),
+            (header.width - 1).to_bytes(3, "little"),
+            (header.height - 1).to_bytes(3, "little"),
+            header.fingerprint,
+        ]
+    )
+
+
+def _parse_header(data: memoryview) -> tuple[Header, int]:
+    """The header and the checksum stored behind it."""
+    if data[:4] != MAGIC:
+        raise NotVq2Error(f"not a .vq2 file (starts with {data[:4].hex() or 'nothing'}, not {MAGIC.hex()})")
+    if len(data) > 4 and data[4] != VERSION:
+        raise UnsupportedVersionError(
+            f"the file has format version {data[4]}, this release reads version {VERSION}: "
+            "install the vqcodec version that wrote it"
+        )
+    if len(data) < HEADER_BYTES:
+        raise DamagedError(f"the file ends after {len(data)} of {HEADER_BYTES} header bytes: it is truncated")
+    width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (7, 10))
+    try:
+        header = Header(data[5], width, height, ColourMode(data[6]), bytes(data[13:21]))
+    except ValueError as error:
+        raise DamagedError(f"{error}: the file is damaged") from None
+    return header, int.from_bytes(data[21:25], "little")
+
+
+def _parse_chunks(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and payload of each chunk up to the end mark, which must be the end of `data`."""
+    position = HEADER_BYTES
+    while position < len(data):
+        kind = data[position]
+        position += 1
+        if kind == END:
+            if position < len(data):
+                raise DamagedError(f"{len(data) - position} bytes follow the end mark: the file is damaged")
+            return
+        length, position = _parse_varint(data, position)
+        left = len(data) - position
+        if length > left:
+            raise DamagedError(f"chunk 0x{kind:02X} has {length} bytes, but {left} are left: truncated file")
+        yield kind, data[position : position + length]
+        position += length
+    raise DamagedError("there is no end mark: the file is truncated")
+
+
+def _varint(value: int) -> bytes:
+    if value >= 1 << 7 * MAX_VARINT_BYTES:
+        raise ValueError(f"a chunk of {value} bytes is too long for the format")
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _parse_varint(data: memoryview, position: int) -> tuple[int, int]:
+    """The number at `position`, and the position behind it."""
+    value = 0
+    for count, byte in enumerate(data[position : position + MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            if byte == 0 and count > 0:
+                break
+            return value, position + count + 1
+    raise DamagedError(f"no chunk length at byte {position}: the file is damaged or truncated")
+
+
+def _crc(kind: int, content: bytes | memoryview) -> bytes:
+    return zlib.crc32(content, zlib.crc32(bytes([kind]))).to_bytes(4, "little")
+
+
+def _content(kind: int, payload: memoryview) -> memoryview:
+    """The content of an optional chunk, after a check of the CRC-32 at its end."""
+    content = payload[:-4]
+    if payload[-4:] != _crc(kind, content):
+        raise DamagedError(f"chunk 0x{kind:02X} does not match its CRC-32: the file is damaged")
+    return content

@@ -1,0 +1,58 @@
+"""Every error that vqcodec raises on purpose, sorted by whose fault it is.
+
+::
+
+    VqcodecError
+        BitstreamError (also a ValueError)    the .vq2 file
+            NotVq2Error
+            UnsupportedVersionError
+            DamagedError
+            ModelMismatchError
+            LimitError
+        ImageError (also a ValueError)        the image to encode
+        WeightsError                          the installation
+        DeviceError                           the machine
+
+A message says what is wrong, both values, and what to do. It never names the file: whoever opened the file
+puts the name in front.
+"""
+
+
+class VqcodecError(Exception):
+    """Anything that is not a bug: one ``except`` for all errors below."""
+
+
+class BitstreamError(VqcodecError, ValueError):
+    """The .vq2 file cannot be decoded here, for one of the reasons below."""
+
+
+class NotVq2Error(BitstreamError):
+    """The caller's fault: these bytes are not a .vq2 file."""
+
+
+class UnsupportedVersionError(BitstreamError):
+    """Nobody's fault: the file is written in a version of the format that this release does not know."""
+
+
+class DamagedError(BitstreamError):
+    """The fault of the disk, the network or the program that wrote it: the file is damaged or truncated."""
+
+
+class ModelMismatchError(BitstreamError):
+    """Nobody's fault: the file was written with other weights than those loaded."""
+
+
+class LimitError(BitstreamError):
+    """The decoder's choice: the image is larger than the caller allowed. The file itself may be in order."""
+
+
+class ImageError(VqcodecError, ValueError):
+    """The input image's fault: it is not an image, truncated, or of a kind that is not supported."""
+
+
+class WeightsError(VqcodecError):
+    """The installation's fault: the weights file is missing or unreadable."""
+
+
+class DeviceError(VqcodecError):
+    """The machine's fault, or the caller's: the requested device does not exist or cannot be used."""

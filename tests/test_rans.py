@@ -1,0 +1,229 @@
+"""The coder against the specification (`reference_rans`), full tables, and its own guarantees."""
+
+import numpy as np
+import pytest
+import reference_rans
+from constriction import stream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from bitstream import rans
+from bitstream.errors import DamagedError
+
+Array = NDArray[np.int64]
+TOTAL = 2**rans.TOTAL_BITS
+
+alphabet_sizes = st.sampled_from([2, 3, 256, 512]) | st.integers(2, 512)
+# From one column that has almost everything to columns that are all alike.
+concentrations = st.sampled_from([1e-3, 0.05, 1.0, 100.0])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_tables(rng: np.random.Generator, n: int, k: int, concentration: float) -> Array:
+    """(n, k) frequencies: entries >= 1, rows sum to 2**20."""
+    tables: Array = 1 + np.floor((TOTAL - k) * rng.dirichlet(np.full(k, concentration), n)).astype(np.int64)
+    tables[np.arange(n), tables.argmax(axis=1)] += TOTAL - tables.sum(axis=1)
+    return tables
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Tables (n, k) and symbols (n,): some as the tables predict, some drawn with no regard for them."""
+    n, k = draw(st.integers(0, 60)), draw(alphabet_sizes)
+    rng = np.random.default_rng(draw(seeds))
+    tables = random_tables(rng, n, k, draw(concentrations))
+    likely = (tables.cumsum(axis=1) <= rng.integers(0, TOTAL, (n, 1))).sum(axis=1)
+    predicted = rng.random(n) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return tables, np.where(predicted, likely, rng.integers(0, k, n))
+
+
+def intervals(tables: Array, symbols: Array) -> tuple[Array, Array]:
+    rows = np.arange(len(symbols))
+    return (tables.cumsum(axis=1) - tables)[rows, symbols], tables[rows, symbols]
+
+
+def encode(tables: Array, symbols: Array) -> bytes:
+    encoder = rans.Encoder()
+    encoder.push(*intervals(tables, symbols))
+    return encoder.finish()
+
+
+def decode(payload: bytes, tables: Array) -> Array:
+    decoder = rans.Decoder(payload)
+    symbols = decoder.pop(tables)
+    decoder.finish()
+    return symbols
+
+
+@given(messages())
+def test_every_message_round_trips(message: tuple[Array, Array]) -> None:
+    tables, symbols = message
+    decoded = decode(encode(tables, symbols), tables)
+    assert decoded.dtype == np.int64
+    assert decoded.tolist() == symbols.tolist()
+
+
+@given(messages())
+def test_the_reference_decoder_reads_every_message(message: tuple[Array, Array]) -> None:
+    tables, symbols = message
+    assert reference_rans.decode(encode(tables, symbols), tables.tolist()) == (symbols.tolist(), True)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=40), alphabet_sizes, concentrations, seeds)
+def test_any_payload_means_the_same_to_the_reference_decoder(
+    words: list[int], k: int, concentration: float, seed: int
+) -> None:
+    payload = np.array([*words, 1], "<u4").tobytes()
+    tables = random_tables(np.random.default_rng(seed), 60, k, concentration)
+    decoder = rans.Decoder(payload)
+    symbols = decoder.pop(tables).tolist()
+    try:
+        decoder.finish()
+        empty = True
+    except DamagedError:
+        empty = False
+    assert (symbols, empty) == reference_rans.decode(payload, tables.tolist())
+
+
+@given(messages())
+def test_three_columns_give_the_words_of_full_tables(message: tuple[Array, Array]) -> None:
+    tables, symbols = message
+    coder = stream.stack.AnsCoder()
+    model = stream.model.Categorical(perfect=False)
+    coder.encode_reverse(symbols.astype(np.int32), model, (16 * tables - 1).astype(np.float32))
+    assert encode(tables, symbols) == coder.get_compressed().astype("<u4").tobytes()
+
+
+@given(messages())
+def test_a_payload_is_at_most_8_bytes_and_half_a_percent_too_long(message: tuple[Array, Array]) -> None:
+    tables, symbols = message
+    ideal = rans.bits(intervals(tables, symbols)[1]) / 8
+    assert len(encode(tables, symbols)) <= 1.005 * ideal + 8
+
+
+@pytest.mark.parametrize("k", [2, 3, 256, 512])
+def test_a_long_message_has_the_ideal_length(k: int) -> None:
+    rng = np.random.default_rng(k)
+    tables = random_tables(rng, 5000, k, 0.3)
+    symbols = (tables.cumsum(axis=1) <= rng.integers(0, TOTAL, (5000, 1))).sum(axis=1)
+    payload = encode(tables, symbols)
+    assert abs(len(payload) - rans.bits(intervals(tables, symbols)[1]) / 8) <= 8 + len(payload) / 1000
+    assert (decode(payload, tables) == symbols).all()
+
+
+@settings(max_examples=20)
+@given(messages(), st.integers(0, 60), st.integers(0, 60))
+def test_how_a_message_is_cut_into_calls_makes_no_difference(
+    message: tuple[Array, Array], push_at: int, pop_at: int
+) -> None:
+    tables, symbols = message
+    cumulative, frequency = intervals(tables, symbols)
+    encoder = rans.Encoder()
+    encoder.push(cumulative[:push_at], frequency[:push_at])
+    encoder.finish()  # has no effect on what follows
+    encoder.push(cumulative[push_at:], frequency[push_at:])
+    assert encoder.finish() == encode(tables, symbols)
+    decoder = rans.Decoder(encoder.finish())
+    parts = [decoder.pop(tables[:pop_at]), decoder.pop(tables[pop_at:])]
+    decoder.finish()
+    assert np.concatenate(parts).tolist() == symbols.tolist()
+
+
+def test_block_borders_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    tables = random_tables(rng, 100, 9, 1.0)
+    symbols = rng.integers(0, 9, 100)
+    whole = encode(tables, symbols)
+    monkeypatch.setattr(rans, "_BLOCK", 7)
+    assert encode(tables, symbols) == whole
+
+
+def test_golden_words_have_not_changed() -> None:
+    # If this fails, constriction or our use of it has changed, and no existing file can be read any more.
+    four = [[1, TOTAL - 3, 2], [TOTAL - 2, 1, 1], [5, 5, TOTAL - 10], [300000, 400000, 348576]]
+    tables = np.array(four * 3)
+    symbols = np.array([0, 1, 2, 2, 1, 0, 1, 0, 2, 2, 0, 1])
+    payload = bytes.fromhex("f0ffff00e0f9069de9ffff710f0000f1640f0000")
+    assert encode(tables, symbols) == payload
+    assert decode(payload, tables).tolist() == symbols.tolist()
+
+
+def test_no_symbols_are_no_bytes() -> None:
+    assert rans.Encoder().finish() == b""
+    assert decode(b"", np.ones((0, 256), np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("likely", [0, 1, 255])
+def test_likely_symbols_cost_almost_nothing(likely: int) -> None:
+    tables = np.ones((10000, 256), np.int64)
+    tables[:, likely] = TOTAL - 255
+    symbols = np.full(10000, likely)
+    payload = encode(tables, symbols)
+    assert len(payload) <= 8
+    assert (decode(payload, tables) == symbols).all()
+
+
+def test_the_smallest_and_the_largest_interval_code_at_both_ends() -> None:
+    tables = np.array([[1, TOTAL - 1], [TOTAL - 1, 1]] * 2)
+    for symbols in np.ndindex(2, 2, 2, 2):
+        assert decode(encode(tables, np.array(symbols)), tables).tolist() == list(symbols)
+
+
+def test_tables_may_lie_in_memory_in_any_order_and_have_any_integer_type() -> None:
+    rng = np.random.default_rng(3)
+    tables = random_tables(rng, 50, 20, 1.0)
+    symbols = rng.integers(0, 20, 50)
+    payload = encode(tables, symbols)
+    assert (decode(payload, np.asfortranarray(tables)) == symbols).all()
+    assert (decode(payload, np.repeat(tables, 2, axis=1)[:, ::2]) == symbols).all()
+    assert (rans.Decoder(payload).pop(tables.astype(np.int32)) == symbols).all()
+
+
+@pytest.mark.parametrize("payload", [b"\1", b"\1\2\3", b"\1\0\0\0\1", bytes(4), b"\1\0\0\0" + bytes(4)])
+def test_a_payload_that_no_encoder_writes_is_refused(payload: bytes) -> None:
+    with pytest.raises(DamagedError):
+        rans.Decoder(payload)
+
+
+def test_words_left_at_the_end_are_refused() -> None:
+    tables = np.full((4, 4), TOTAL // 4)
+    payload = encode(tables, np.array([3, 1, 2, 0]))
+    decoder = rans.Decoder(b"\7\0\0\0" + payload)
+    decoder.pop(tables)
+    with pytest.raises(DamagedError, match="bits are left"):
+        decoder.finish()
+
+
+@pytest.mark.parametrize(
+    ("cumulative", "frequency"),
+    [(-1, 5), (5, 0), (5, -3), (TOTAL, 1), (1, TOTAL), (0, TOTAL), (TOTAL - 4, 5), (2**62, 2**62)],
+)
+def test_intervals_outside_the_table_are_refused(cumulative: int, frequency: int) -> None:
+    with pytest.raises(ValueError, match="interval"):
+        rans.Encoder().push(np.array([3, cumulative]), np.array([4, frequency]))
+
+
+def test_intervals_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="intervals"):
+        rans.Encoder().push(np.array([3, 4]), np.array([4]))
+
+
+@pytest.mark.parametrize(
+    "table", [[TOTAL], [TOTAL, 0], [TOTAL + 1, -1], [5, 5], [TOTAL, 1], [TOTAL - 1, 2], [2**40, 1, 1]]
+)
+def test_tables_with_empty_columns_or_another_sum_are_refused(table: list[int]) -> None:
+    with pytest.raises(ValueError, match="2\\*\\*20|K >= 2"):
+        rans.Decoder(b"").pop(np.array([table]))
+
+
+def test_floats_do_not_get_past_the_door() -> None:
+    with pytest.raises(TypeError):
+        rans.Encoder().push(np.array([0.0]), np.array([5.0]))
+    with pytest.raises(TypeError):
+        rans.Decoder(b"").pop(np.full((1, 2), TOTAL / 2))
+
+
+def test_bits_is_the_ideal_code_length() -> None:
+    assert rans.bits(np.array([TOTAL // 2, TOTAL // 256, 1])) == 1 + 8 + 20
+    assert rans.bits(np.array([], np.int64)) == 0
