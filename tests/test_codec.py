@@ -1,0 +1,231 @@
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_golden import IMAGES
+from PIL import Image
+from tiny_model import GOLDEN, WEIGHTS
+
+import vqcodec
+from bitstream import container, rans
+from bitstream.container import Container, Header
+from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
+from vqcodec.codec import Codec, decode_indices
+from vqcodec.image import read
+from vqcodec.models import tiling
+
+TABLE = [line.split() for line in (GOLDEN / "decode.txt").read_text().splitlines()]
+PHOTO = IMAGES / "photo.png"
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.load(WEIGHTS, "cpu")
+
+
+def index_crc(codec: Codec, data: bytes) -> str:
+    parts = container.unpack(data)
+    grids = [grid[0].numpy() for grid in decode_indices(codec, parts)]
+    return f"{container.checksum(parts.header, grids):08x}"
+
+
+@pytest.mark.parametrize(("crc", "name"), TABLE)
+def test_golden_files_decode_to_the_same_indices_forever(codec: Codec, crc: str, name: str) -> None:
+    data = (GOLDEN / "decode" / name).read_bytes()
+    assert index_crc(codec, data) == crc
+    first, second = codec.decode(data), codec.decode(data)
+    assert first.tobytes() == second.tobytes()
+    header = container.unpack(data).header
+    assert first.size == (header.width, header.height)
+
+
+SETTINGS = {
+    "two threads": {"OMP_NUM_THREADS": "2"},
+    "oldest instructions": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"},
+    "bf16 fast-math": {"PRECISION": "medium", "ONEDNN_DEFAULT_FPMATH_MODE": "BF16"},
+    "tf32 fast-math": {"PRECISION": "high", "ONEDNN_DEFAULT_FPMATH_MODE": "TF32"},
+}
+SCRIPT = """
+import os, sys, torch
+torch.set_float32_matmul_precision(os.environ.get("PRECISION", "highest"))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+from pathlib import Path
+from test_codec import GOLDEN, TABLE, WEIGHTS, Codec, index_crc
+codec = Codec.load(WEIGHTS, "cpu")
+for crc, name in TABLE:
+    assert index_crc(codec, (GOLDEN / "decode" / name).read_bytes()) == crc, name
+"""
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_indices_are_the_same_under_every_setting_of_the_machine(setting: str) -> None:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **SETTINGS[setting]}
+    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
+
+
+def test_indices_are_the_same_in_float64(codec: Codec) -> None:
+    double = Codec.load(WEIGHTS, "cpu")
+    double.model.double()
+    for crc, name in TABLE:
+        assert index_crc(double, (GOLDEN / "decode" / name).read_bytes()) == crc
+
+
+def test_every_single_bit_flip_of_a_file_is_refused(codec: Codec) -> None:
+    data = (GOLDEN / "decode" / "metadata.vq2").read_bytes()
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError):
+            # Flipped sizes make large images: the limit keeps the test short.
+            codec.decode(bytes(damaged), max_pixels=128 * 128)
+
+
+def test_every_truncation_and_appended_bytes_are_refused(codec: Codec) -> None:
+    data = (GOLDEN / "decode" / "grey-alpha.vq2").read_bytes()
+    for length in range(len(data)):
+        with pytest.raises(BitstreamError):
+            codec.decode(data[:length])
+    for tail in (b"\0", b"\x7f", b"\x41\x00", data):
+        with pytest.raises(BitstreamError):
+            codec.decode(data + tail)
+
+
+def test_files_of_another_model_are_refused_by_both_names(codec: Codec) -> None:
+    parts = container.unpack((GOLDEN / "decode" / "grey.vq2").read_bytes())
+    header = Header(**{**vars(parts.header), "fingerprint": b"stranger"})
+    other = Container(**{**vars(parts), "header": header})
+    with pytest.raises(ModelMismatchError, match=f"{b'stranger'.hex()}.*{codec.fingerprint.hex()}"):
+        codec.decode(container.pack(other))
+
+
+def test_a_level_or_a_grid_that_the_model_has_not_is_refused(codec: Codec) -> None:
+    parts = container.unpack((GOLDEN / "decode" / "grey.vq2").read_bytes())
+    header = Header(**{**vars(parts.header), "level": 200})
+    with pytest.raises(DamagedError, match="level 200"):
+        codec.decode(container.pack(Container(**{**vars(parts), "header": header})))
+    with pytest.raises(DamagedError, match="3 grids"):
+        codec.decode(container.pack(Container(**{**vars(parts), "grids": (*parts.grids, b"")})))
+
+
+def test_large_images_are_refused_before_they_are_decoded(codec: Codec) -> None:
+    parts = container.unpack((GOLDEN / "decode" / "grey.vq2").read_bytes())
+    header = Header(**{**vars(parts.header), "width": 2**24, "height": 2**24})
+    with pytest.raises(LimitError):
+        codec.decode(container.pack(Container(**{**vars(parts), "header": header})))
+
+
+modes = st.sampled_from(["L", "RGB", "LA", "RGBA"])
+
+
+@settings(max_examples=40)
+@given(modes, st.integers(1, 64), st.integers(1, 64), st.integers(0, 10**6), st.sampled_from([1, 1.5, 2, 3]))
+def test_any_image_comes_back_in_its_size_and_mode_with_its_alpha(
+    codec: Codec, mode: str, width: int, height: int, seed: int, quality: float
+) -> None:
+    bands = np.random.default_rng(seed).integers(0, 256, (height, width, len(mode)), np.uint8)
+    image = Image.fromarray(bands.squeeze(2) if len(mode) == 1 else bands, mode)
+    back = codec.decode(codec.encode(image, quality))
+    assert (back.mode, back.size) == (mode, image.size)
+    if "A" in mode:
+        assert back.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1), (17, 33), (16, 16), (15, 64)])
+def test_odd_sizes_round_trip(codec: Codec, size: tuple[int, int]) -> None:
+    image = Image.open(PHOTO).resize(size)
+    assert codec.decode(codec.encode(image, 2)).size == size
+
+
+def test_metadata_comes_back_and_strip_leaves_it_out(codec: Codec) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    Image.open(PHOTO).save(file, "JPEG", icc_profile=b"profile", exif=exif, xmp=b"<x:xmpmeta/>")
+    picture = read(file.getvalue())
+    parts = container.unpack(codec.encode(picture, 2))
+    assert (parts.icc, parts.exif, parts.xmp) == (picture.icc, picture.exif, picture.xmp)
+    assert parts.exif is not None and parts.xmp is not None
+    bare = container.unpack(codec.encode(picture, 2, strip=True))
+    assert (bare.icc, bare.exif, bare.xmp) == (None, None, None)
+
+
+def test_arrays_and_images_give_the_same_bytes(codec: Codec) -> None:
+    image = Image.open(PHOTO)
+    assert codec.encode(np.asarray(image), 2) == codec.encode(image, 2)
+    grey = image.convert("L")
+    assert codec.encode(np.asarray(grey), 2) == codec.encode(grey, 2)
+
+
+def test_framing_of_a_plain_picture_takes_at_most_40_bytes(codec: Codec) -> None:
+    data = codec.encode(Image.open(PHOTO), 3)
+    assert len(data) - sum(map(len, container.unpack(data).grids)) <= 40
+
+
+def test_the_payload_is_as_short_as_the_prior_says(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    ideal = []
+    push = rans.Encoder.push
+    monkeypatch.setattr(
+        rans.Encoder, "push", lambda self, low, size: (ideal.append(rans.bits(size)), push(self, low, size))[1]
+    )
+    parts = container.unpack(codec.encode(Image.open(IMAGES / "otters.png").crop((200, 100, 600, 400)), 3))
+    coded, wanted = sum(map(len, parts.grids)), sum(ideal) / 8
+    assert wanted <= coded + 1 and coded <= 1.005 * wanted + 8 * len(parts.grids)
+
+
+def test_more_quality_costs_more_and_gives_more(codec: Codec) -> None:
+    image = Image.open(IMAGES / "otters.png").crop((200, 100, 456, 356))
+    original = np.asarray(image, np.float64)
+    errors, sizes = [], []
+    for quality in (1, 1.4, 2.6, 3):
+        data = codec.encode(image, quality)
+        errors.append(np.mean((np.asarray(codec.decode(data), np.float64) - original) ** 2))
+        sizes.append(len(data))
+    assert sizes[0] < sizes[-1] and errors[0] > errors[-1]
+    assert sizes[1] > sizes[0] and sizes[2] < sizes[3]  # the encoder's lambda moves within a level
+
+
+def test_tiles_give_the_picture_that_one_piece_gives(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.open(IMAGES / "otters.png").crop((100, 100, 500, 420))
+    data = codec.encode(image, 2)
+    whole = np.asarray(codec.decode(data), np.int16)
+    monkeypatch.setattr(tiling, "TILE", 128)
+    tiled = np.asarray(codec.decode(data), np.int16)
+    assert np.abs(tiled - whole).max() <= 1
+    assert abs(len(codec.encode(image, 2)) - len(data)) <= 8
+
+
+def test_progress_rises_to_one(codec: Codec) -> None:
+    seen: list[float] = []
+    data = codec.encode(Image.open(PHOTO), 2, progress=seen.append)
+    assert seen == sorted(seen) and seen[-1] == 1.0
+    seen.clear()
+    codec.decode(data, progress=seen.append)
+    assert seen == sorted(seen) and seen[-1] == 1.0
+
+
+def test_qualities_out_of_range_are_refused_with_the_range(codec: Codec) -> None:
+    for quality in (0.99, 3.01, float("nan"), -1):
+        with pytest.raises(ValueError, match=r"not in 1\.\.3"):
+            codec.encode(Image.open(PHOTO), quality)
+
+
+def test_a_missing_gpu_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(DeviceError, match="cuda"):
+        Codec.load(WEIGHTS, "cuda")
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, vqcodec, bitstream.container, bitstream.rans, cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    assert vqcodec.Codec is Codec

@@ -1,0 +1,125 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vqcodec.models import dyadic
+from vqcodec.models.dyadic import DyadicLinear, attend, attend_smoothly, frequencies, snap
+
+
+def random_sums(seed: int, *shape: int) -> torch.Tensor:
+    """Numbers like a prior's sums: multiples of 2**-16."""
+    return torch.round(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2**18) / 2**16
+
+
+def python_table(logits: list[float]) -> list[int]:
+    """Section 6 of the specification, in Python's integers."""
+    steps = [max(-2047, min(2047, int(np.floor(x * 32 + 0.5)))) for x in logits]
+    distance = [max(steps) - s for s in steps]
+    weights = [int(2 ** (20 - (d % 32) / 32) + 0.5) >> (d // 32) for d in distance]
+    table = [1 + (2**20 - len(weights)) * w // sum(weights) for w in weights]
+    table[distance.index(0)] += 2**20 - sum(table)
+    return table
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 3, 16, 256, 512]), st.sampled_from([0.0, 0.1, 1.0, 8.0, 100.0]))
+def test_frequencies_are_the_specified_integers(seed: int, size: int, spread: float) -> None:
+    logits = random_sums(seed, 3, size) * spread
+    logits = torch.floor(logits * 2**12) / 2**12
+    table = frequencies(logits)
+    assert table.dtype == torch.int32
+    assert table.tolist() == [python_table(row) for row in logits.tolist()]
+    assert (table.sum(-1) == 2**20).all() and (table >= 1).all()
+
+
+def test_the_remainder_goes_to_the_first_of_equal_logits() -> None:
+    table = frequencies(torch.zeros(1, 3))[0].tolist()
+    assert table == [349526, 349525, 349525]
+
+
+def test_table_of_powers_is_frozen() -> None:
+    numbers = dyadic.POWERS.to(torch.int64).numpy().astype("<i8")
+    assert hashlib.sha256(numbers.tobytes()).hexdigest()[:16] == "a91510c1661a9f6f"
+
+
+@given(st.integers(1, 9), st.integers(0, 10**6))
+def test_snap_gives_steps_within_range(bits: int, seed: int) -> None:
+    x = random_sums(seed, 100) * 10
+    y = snap(x, bits, -127, 127) * 2**bits
+    assert (y == y.round()).all() and y.abs().max() <= 127
+    inside = (x * 2**bits).abs() < 127
+    assert ((y - x * 2**bits).abs()[inside] <= 0.5).all()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-6, 1e-3, 1.0, 30.0]))
+def test_weights_on_their_grid_stay_there(seed: int, spread: float) -> None:
+    layer = DyadicLinear(20, 7, levels=2)
+    with torch.no_grad():
+        layer.weight.copy_(random_sums(seed, 7, 20) * spread)
+        layer.weight[3] = 0
+        layer.bias.copy_(random_sums(seed + 1, 2, 7))
+        weight, bias = layer.on_grid()
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+        again = layer.on_grid()
+    assert torch.equal(again[0], weight) and torch.equal(again[1], bias)
+
+
+def worst_case(fan_in: int) -> tuple[DyadicLinear, torch.Tensor]:
+    """The largest sums there are: every weight and activation at its limit, some of either sign."""
+    layer = DyadicLinear(fan_in, 8, levels=1)
+    signs = torch.sign(torch.randn(8, fan_in, generator=torch.Generator().manual_seed(0)))
+    signs[0] = 1
+    with torch.no_grad():
+        layer.weight.copy_(signs * 127 * 2.0**-10)
+        layer.bias.fill_(1e9)
+    return layer, torch.full((5, fan_in), 127 * 2.0**-5)
+
+
+@pytest.mark.parametrize("fan_in", [1, 640, dyadic.MAX_FAN_IN])
+def test_sums_are_exact_in_any_order_and_precision(fan_in: int) -> None:
+    layer, x = worst_case(fan_in)
+    x = torch.cat([x, dyadic.activation(random_sums(1, 50, fan_in))])
+    with torch.no_grad():
+        y = layer.at(torch.tensor(0))(x)
+        weight, bias = layer.on_grid()
+        integers = (x.double() * 2**5).long() @ (weight.double() * 2**10).long().t()
+        integers += (bias[0].double() * 2**15).long()
+        assert integers.abs().max() < 2**24 - 2**16
+        assert torch.equal((y.double() * 2**15).long(), integers)
+        order = torch.randperm(fan_in)
+        assert torch.equal(x[:, order] @ weight[:, order].t() + bias, y)
+        assert torch.equal((x.double() @ weight.double().t() + bias.double()).float(), y)
+        # bf16 holds activations and weights unchanged, so hardware that narrows the inputs computes the same
+        assert torch.equal(x.bfloat16().float(), x) and torch.equal(weight.bfloat16().float(), weight)
+
+
+def test_too_long_dot_products_are_refused() -> None:
+    with pytest.raises(ValueError, match="not exact"):
+        DyadicLinear(dyadic.MAX_FAN_IN + 1, 1, levels=1)
+
+
+@given(st.integers(0, 10**6))
+def test_attention_is_exact_integer_arithmetic(seed: int) -> None:
+    scores = dyadic.logit(random_sums(seed, 4, 9) * 3).masked_fill(random_sums(seed + 1, 4, 9) > 0, -torch.inf)
+    values = dyadic.activation(random_sums(seed + 2, 9, 5))
+    result = attend(scores, values)
+    for row in range(4):
+        keys = [(s, v) for s, v in zip(scores[row].tolist(), values.tolist(), strict=True) if s > -torch.inf]
+        keys.append((0.0, [0.0] * 5))
+        top = max(s for s, _ in keys)
+        weights = [int(dyadic.POWERS[min(int((top - s) * 32), len(dyadic.POWERS) - 1)]) for s, _ in keys]
+        for c in range(5):
+            total = sum(w * round(v[c] * 32) for w, (_, v) in zip(weights, keys, strict=True))
+            assert result[row, c] * 32 == (2 * total + sum(weights)) // (2 * sum(weights))
+    smooth = attend_smoothly(scores, values)
+    assert (smooth - result).abs().max() <= 2.0**-5
+
+
+def test_gradients_pass_straight_through_and_stop_at_the_clip() -> None:
+    x = torch.tensor([0.1, -0.2, 100.0], requires_grad=True)
+    dyadic.activation(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1.0, 1.0, 0.0]

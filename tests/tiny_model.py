@@ -1,0 +1,37 @@
+"""The small frozen model behind the golden files: tests/golden/tiny.safetensors.
+
+It is trained once and never again: `python tests/tiny_model.py IMAGES` made it, and would make another one.
+"""
+
+import sys
+from pathlib import Path
+
+from vqcodec.models.pixelsnail import PriorConfig
+from vqcodec.models.vqvae import GridConfig, ModelConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+WEIGHTS = GOLDEN / "tiny.safetensors"
+
+TINY = ModelConfig(
+    name="tiny",
+    lambdas=(0.002, 0.01, 0.05),
+    channels=(16, 24, 24),
+    decoder_channels=(16, 24, 24),
+    blocks=1,
+    grids=(
+        GridConfig(16, groups=2, dim=2, codes=16, prior=PriorConfig(16, blocks=2, hidden=16, heads=2, head_channels=8)),
+        GridConfig(8, groups=3, dim=3, codes=32, prior=PriorConfig(16, blocks=2, hidden=16)),
+    ),
+)
+
+
+def main(images: Path) -> None:
+    from vqcodec.training.trainer import Run, train
+
+    train(Run(TINY, images, Path("runs/tiny"), steps=600, batch=9, crop=96, seed=1))
+    WEIGHTS.parent.mkdir(exist_ok=True)
+    WEIGHTS.write_bytes(Path("runs/tiny/model.safetensors").read_bytes())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

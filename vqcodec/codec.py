@@ -1,0 +1,235 @@
+"""Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+
+from bitstream import container, rans
+from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, Container, Header
+from bitstream.errors import DamagedError, DeviceError, ModelMismatchError
+from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
+from vqcodec.models.quantizer import choose
+from vqcodec.models.tiling import run_tiled
+from vqcodec.models.vqvae import VQVAE
+from vqcodec.models.wavefront import Wave, fill_grid, step_count
+from vqcodec.weights import SHIPPED, fingerprint, load_weights
+
+DEFAULT_QUALITY = 5.0
+
+Progress = Callable[[float], None]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one, else the CPU. Raises DeviceError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not one of auto, cpu, cuda")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise DeviceError("device cuda was asked for, but torch finds no CUDA here: use --device cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+class Codec:
+    """A loaded model, for repeated use.
+
+    Guarantee: the indices read from a file are the same on every machine and device; pixels may differ by a grey
+    level between machines, because the decoder network is ordinary floating point.
+    """
+
+    def __init__(self, model: VQVAE, device: str = "auto") -> None:
+        self.device = pick_device(device)
+        self.fingerprint = fingerprint(model)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, weights: str | Path | None = None, device: str = "auto") -> "Codec":
+        """The shipped model, or one from a weights file. Raises WeightsError, DeviceError."""
+        return cls(load_weights(Path(weights) if weights else SHIPPED), device)
+
+    def encode(
+        self,
+        image: "Image.Image | ArrayLike | Picture",
+        quality: float = DEFAULT_QUALITY,
+        *,
+        strip: bool = False,
+        progress: Progress | None = None,
+    ) -> bytes:
+        """Compress an image.
+
+        image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
+        to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. progress: called with 0..1.
+        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality out of range.
+        """
+        picture = image if isinstance(image, Picture) else _picture(image)
+        return encode_picture(self, stripped(picture) if strip else picture, quality, progress)
+
+    def decode(
+        self, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, progress: Progress | None = None
+    ) -> Image.Image:
+        """Decompress a .vq2 file: an image of mode L, RGB, LA or RGBA with its metadata in ``info``.
+
+        Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
+        than ``max_pixels`` pixels.
+        """
+        return to_pil(decode_picture(self, data, max_pixels, progress))
+
+    def level_for(self, quality: float) -> tuple[int, float]:
+        """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there."""
+        lambdas = self.model.config.lambdas
+        if not 1 <= quality <= len(lambdas):
+            raise ValueError(f"quality {quality:g} is not in 1..{len(lambdas)}")
+        if not self.model.config.rate_constrained:
+            return 0, 0.0
+        level = min(int(quality + 0.5), len(lambdas)) - 1
+        wanted = np.exp(np.interp(quality - 1, np.arange(len(lambdas)), np.log(lambdas)))
+        return level, lambdas[level] / float(wanted)
+
+    def cells(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the coarsest grid."""
+        stride = self.model.config.stride
+        return -(-height // stride), -(-width // stride)
+
+    def tiled(self, network: Callable[..., Any], cells: tuple[int, int], *sources: Tensor | None) -> Tensor:
+        config = self.model.config
+        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device)
+
+
+def _picture(image: Any) -> Picture:
+    return from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
+
+
+def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Progress | None = None) -> bytes:
+    """The inverse of decode_picture, up to the loss."""
+    model = codec.model
+    number, rate_weight = codec.level_for(quality)
+    height, width = picture.pixels.shape[:2]
+    cells, stride = codec.cells(height, width), model.config.stride
+    pad = (0, cells[0] * stride - height), (0, cells[1] * stride - width), (0, 0)
+    pixels = torch.from_numpy(np.pad(picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
+    level = torch.tensor([number], device=codec.device)
+    tell = _Steps(model, cells, progress)
+    grids: list[Tensor] = []
+    payloads: list[bytes] = []
+    context: Tensor | None = None
+    with torch.inference_mode():
+        features = [
+            codec.tiled(lambda x, k=k: model.analyse(x.float() / 255, level)[k], cells, pixels)
+            for k in range(len(model.config.grids))
+        ]
+        for k, book in enumerate(model.codebooks):
+            z = codec.tiled(lambda f, c, k=k: model.latent(k, f, c, level), cells, features[k], context)
+            values, coder = book.split(z.to(codec.device)), rans.Encoder()
+
+            def pick(wave: Wave, group: int, table: Tensor) -> Tensor:
+                closeness = book.closeness(values[group][:, wave.cells], group)  # noqa: B023
+                index = choose(closeness, (table * 2.0**-rans.TOTAL_BITS).log2(), rate_weight)
+                interval = torch.stack([table, table.cumsum(-1, dtype=torch.int32)])
+                size, end = interval.gather(-1, index.expand(2, 1, -1)[..., None]).flatten(1).cpu().numpy()
+                coder.push(end - size, size)  # noqa: B023
+                tell(wave)
+                return index
+
+            grid = _fill(codec, k, cells, grids, level, pick)
+            payloads.append(coder.finish())
+            if k + 1 < len(model.codebooks):
+                codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
+                context = codec.tiled(lambda q, c, k=k: model.decode_grid(k, q, c, level), cells, codes, context)
+            grids.append(grid)
+    header = Header(number + 1, width, height, picture.colour, codec.fingerprint)
+    checksum = container.checksum(header, [grid[0].cpu().numpy() for grid in grids])
+    alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
+    return container.pack(
+        Container(header, checksum, tuple(payloads), alpha, picture.icc, picture.exif, picture.xmp)
+    )
+
+
+def decode_picture(
+    codec: Codec, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, progress: Progress | None = None
+) -> Picture:
+    """The inverse of encode_picture, up to the loss. Raises BitstreamError."""
+    parts = container.unpack(data, max_pixels=max_pixels)
+    header = parts.header
+    grids = decode_indices(codec, parts, progress)
+    alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
+    model, cells = codec.model, codec.cells(header.height, header.width)
+    level = torch.tensor([header.level - 1], device=codec.device)
+    with torch.inference_mode():
+        x = codec.tiled(lambda *indices: _pixels(model.decode(indices, level)), cells, *grids)
+    pixels = x[0, :, : header.height, : header.width].permute(1, 2, 0).contiguous().numpy()
+    if header.colour in (ColourMode.GREY, ColourMode.GREY_ALPHA):
+        pixels = np.repeat(np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8), 3, axis=2)
+    return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp)
+
+
+def decode_indices(codec: Codec, parts: Container, progress: Progress | None = None) -> list[Tensor]:
+    """The index grids of a file, (1, M, h, w) each, checked against its checksum. Raises BitstreamError."""
+    model, header = codec.model, parts.header
+    if header.fingerprint != codec.fingerprint:
+        raise ModelMismatchError(
+            f"the file was written with model {header.fingerprint.hex()}, this installation has "
+            f"{codec.fingerprint.hex()}: install the vqcodec version that wrote it, or pass its --weights"
+        )
+    if header.level > model.config.levels or len(parts.grids) != len(model.config.grids):
+        raise DamagedError(
+            f"level {header.level} and {len(parts.grids)} grids, the model has {model.config.levels} levels and "
+            f"{len(model.config.grids)} grids: the file is damaged"
+        )
+    cells = codec.cells(header.height, header.width)
+    level = torch.tensor([header.level - 1], device=codec.device)
+    tell = _Steps(model, cells, progress)
+    grids: list[Tensor] = []
+    with torch.inference_mode():
+        for k, payload in enumerate(parts.grids):
+            coder = rans.Decoder(payload)
+
+            def pop(wave: Wave, group: int, table: Tensor) -> Tensor:
+                tell(wave)
+                return torch.from_numpy(coder.pop(table[0].cpu().numpy()))[None].to(table.device)  # noqa: B023
+
+            grids.append(_fill(codec, k, cells, grids, level, pop))
+            coder.finish()
+    container.verify(parts, [grid[0].cpu().numpy() for grid in grids])
+    return grids
+
+
+def _fill(
+    codec: Codec, k: int, cells: tuple[int, int], grids: list[Tensor], level: Tensor, choice: Callable[..., Tensor]
+) -> Tensor:
+    """Walk grid k with the condition that the coarser grids give."""
+    model, condition = codec.model, None
+    if k:
+
+        def conditioned(indices: Tensor) -> Tensor:
+            found = model.condition(k, indices, level)
+            assert found is not None
+            return found.permute(0, 3, 1, 2)
+
+        condition = codec.tiled(conditioned, cells, grids[k - 1]).to(codec.device).permute(0, 2, 3, 1)
+    ratio = model.config.stride // model.config.grids[k].stride
+    shape = (1, cells[0] * ratio, cells[1] * ratio)
+    book = model.codebooks[k]
+    return fill_grid(model.priors[k], book.activations(), shape, int(level), condition, choice)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _Steps:
+    """Tells a progress function how much of all walks is done."""
+
+    def __init__(self, model: VQVAE, cells: tuple[int, int], progress: Progress | None) -> None:
+        ratios = [model.config.stride // grid.stride for grid in model.config.grids]
+        self.total = sum(step_count(cells[0] * r, cells[1] * r) for r in ratios)
+        self.progress, self.done, self.last = progress, 0, -1
+
+    def __call__(self, wave: Wave) -> None:
+        if wave.step != self.last and self.progress is not None:
+            self.last, self.done = wave.step, self.done + 1
+            self.progress(min(1.0, self.done / self.total))

@@ -1,0 +1,187 @@
+"""Exact layers: everything that feeds a probability is computed without rounding error.
+
+A value is *dyadic* when it is a whole number times a power of two. Three grids are used:
+
+===========  ==========  ==========================  =======================================
+name         step        range                       where
+===========  ==========  ==========================  =======================================
+activation   2**-5       -127 .. 127 steps           what enters a dot product
+stream       2**-9       -2047 .. 2047 steps         the residual stream between blocks
+logit        2**-5       -2047 .. 2047 steps         log2 probabilities and attention scores
+===========  ==========  ==========================  =======================================
+
+Weights are whole numbers in [-127, 127] times a power of two, one power per output channel. A dot product of at
+most ``MAX_FAN_IN`` activations with weights, bias included, stays below 2**24 steps: every partial sum is exact
+in float32, so the order of summation, the number of threads, fused multiply-adds, TF32 and bf16 inputs (8-bit
+numbers pass through them unchanged) make no difference. Rounding is ``floor(x / step + 1/2)``.
+
+Training uses the same layers with straight-through gradients: the trained network *is* the exact network.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATION_BITS, ACTIVATION_MAX = 5, 127
+STREAM_BITS, STREAM_MAX = 9, 2047
+LOGIT_BITS, LOGIT_MAX = 5, 2047
+WEIGHT_MAX = 127
+EXPONENT_MIN, EXPONENT_MAX = -14, 2
+BIAS_MAX = 2**19  # in steps of the accumulator
+MAX_FAN_IN = 1000  # 1000 * 127 * 127 + 2**19, plus half an output step, is below 2**24
+
+TABLE_BITS = 20
+# Powers of two in steps of 1/32: POWERS[d] = floor(2**(20 - d/32) + 1/2) for the first octave, shifted right for
+# the others; 0 from 21 octaves on. Whole numbers, kept in float64 because that is what the sums need.
+_OCTAVE = [int(2 ** (TABLE_BITS - f / 32) + 0.5) for f in range(32)]
+POWERS = torch.tensor([_OCTAVE[d % 32] >> (d // 32) for d in range(32 * (TABLE_BITS + 1) + 1)], dtype=torch.float64)
+
+Affine = Callable[[Tensor], Tensor]
+
+
+class _Snap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, low: int, high: int) -> Tensor:
+        y = (x * 2.0**bits).add_(0.5).floor_()
+        ctx.save_for_backward((y >= low) & (y <= high))
+        return y.clamp_(low, high).mul_(2.0**-bits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
+
+
+def snap(x: Tensor, bits: int, low: int, high: int) -> Tensor:
+    """Round to steps of 2**-bits and clip to [low, high] steps; the gradient passes where nothing was clipped."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Snap.apply(x, bits, low, high)
+    return (x * 2.0**bits).add_(0.5).floor_().clamp_(low, high).mul_(2.0**-bits)
+
+
+def activation(x: Tensor, low: int = -ACTIVATION_MAX) -> Tensor:
+    """Under autocast in its narrow type, which holds activations exactly: what follows moves half the bytes."""
+    y = snap(x, ACTIVATION_BITS, low, ACTIVATION_MAX)
+    return y.to(torch.get_autocast_dtype(y.device.type)) if torch.is_autocast_enabled(y.device.type) else y
+
+
+def relu(x: Tensor) -> Tensor:
+    return activation(x, 0)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Out of autocast's narrow type, which holds neither stream nor logit values."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def stream(x: Tensor) -> Tensor:
+    return snap(wide(x), STREAM_BITS, -STREAM_MAX, STREAM_MAX)
+
+
+def logit(x: Tensor) -> Tensor:
+    return snap(wide(x), LOGIT_BITS, -LOGIT_MAX, LOGIT_MAX)
+
+
+def gated(x: Tensor) -> Tensor:
+    """(..., 2C) -> (..., C): value times gate, where gate = clip(b/4 + 1/2, 0, 1) in steps of 2**-6."""
+    value, gate = x.chunk(2, -1)
+    return activation(value) * snap(gate * 0.25 + 0.5, 6, 0, 64)
+
+
+class _SnapWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        exponent = weight_exponent(weight)
+        return torch.ldexp((torch.ldexp(weight, -exponent) + 0.5).floor_().clamp_(-WEIGHT_MAX, WEIGHT_MAX), exponent)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def weight_exponent(weight: Tensor) -> Tensor:
+    """Smallest power of two, per output channel, in which the largest weight is at most 127: (..., out, 1) int32.
+
+    Guarantee: weights already on their grid keep it, so saving and loading changes nothing.
+    """
+    mantissa, exponent = torch.frexp(weight.abs().amax(-1, keepdim=True))
+    exponent = exponent - 7 + (mantissa >= (WEIGHT_MAX + 0.5) / (WEIGHT_MAX + 1)).int()
+    return exponent.clamp(EXPONENT_MIN, EXPONENT_MAX)
+
+
+class DyadicLinear(nn.Module):
+    """Affine map from activations (..., in) to exact sums (..., out).
+
+    levels: number of biases, one for each quality level; with 1 all levels share it.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, levels: int, *, gain: float = 1.0) -> None:
+        super().__init__()
+        if fan_in > MAX_FAN_IN:
+            raise ValueError(f"a dot product of {fan_in} terms is not exact in float32: the limit is {MAX_FAN_IN}")
+        self.weight = nn.Parameter(torch.randn(fan_out, fan_in) * gain / fan_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(levels, fan_out))
+
+    def on_grid(self) -> tuple[Tensor, Tensor]:
+        """The weight (out, in) and the biases (levels, out) as the exact numbers that are used."""
+        weight = _SnapWeight.apply(self.weight)
+        # The bias has the step of the sums: the activation step times the weight step of its channel.
+        scale = weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS
+        return weight, torch.ldexp(snap(torch.ldexp(self.bias, -scale), 0, -BIAS_MAX, BIAS_MAX), scale)
+
+    def at(self, level: Tensor) -> Affine:
+        """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""
+        weight, biases = self.on_grid()
+        if len(biases) == 1:
+            return lambda x: F.linear(x, weight, biases[0])
+        bias = biases[level]
+
+        def affine(x: Tensor) -> Tensor:
+            y = F.linear(x, weight)
+            spread = (1,) * (x.ndim - 1 - level.ndim) if level.ndim else ()
+            return y + bias.reshape(bias.shape[:-1] + spread + bias.shape[-1:]).to(y.dtype)
+
+        return affine
+
+
+def weights_of_two(distance: Tensor) -> Tensor:
+    """2**-distance on the integer table: distance >= 0 in logit steps held as floats; float64 whole numbers."""
+    return POWERS.to(distance.device)[(distance * 2.0**LOGIT_BITS).clamp_(max=len(POWERS) - 1).long()]
+
+
+def frequencies(logits: Tensor) -> Tensor:
+    """Integer coding tables from the prior's logits.
+
+    logits: (..., K) exact sums.  Returns (..., K) int32, rows sum to 2**20, every entry >= 1.
+    Guarantee: the same on every device. Every number is a whole number below 2**53; the one division is correctly
+    rounded, and its quotient is further from the next whole number than that rounding can move it.
+    """
+    logits = logit(logits)
+    top, index = logits.max(-1, keepdim=True)  # the first of equals
+    weights = weights_of_two(top - logits)
+    size = logits.shape[-1]
+    table = torch.floor(weights * (2**TABLE_BITS - size) / weights.sum(-1, keepdim=True)) + 1
+    return table.scatter_add_(-1, index, 2**TABLE_BITS - table.sum(-1, keepdim=True)).int()
+
+
+def attend(scores: Tensor, values: Tensor) -> Tensor:
+    """Exact softmax attention, base 2, with a silent extra key (score 0, value 0) so that no row is empty.
+
+    scores: (..., Q, N) on the logit grid, -inf where a key is not allowed; values: (..., N, C) activations.
+    Returns (..., Q, C) activations.
+    """
+    top = scores.amax(-1, keepdim=True).clamp_(min=0)
+    weights = weights_of_two(top - scores)
+    total = weights.sum(-1, keepdim=True) + weights_of_two(top)
+    sums = weights @ (values.double() * 2.0**ACTIVATION_BITS)
+    return (torch.floor((2 * sums + total) / (2 * total)) * 2.0**-ACTIVATION_BITS).to(values.dtype)
+
+
+def attend_smoothly(scores: Tensor, values: Tensor) -> Tensor:
+    """The differentiable form of ``attend`` for training: equal up to one step of the activation grid."""
+    silent = torch.zeros_like(scores[..., :1])
+    weights = torch.softmax(torch.cat([scores, silent], -1) * 0.6931471805599453, -1)[..., :-1]
+    return activation(wide(weights @ values.to(weights.dtype)))

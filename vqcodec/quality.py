@@ -1,0 +1,40 @@
+"""Model configurations by name, and their quality levels."""
+
+from vqcodec.models.pixelsnail import PriorConfig
+from vqcodec.models.vqvae import GridConfig, ModelConfig
+
+# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.8 in lambda between levels.
+LAMBDAS = tuple(round(0.001 * 1.8**k, 5) for k in range(8))
+
+PRODUCT = ModelConfig(
+    name="vqcodec",
+    lambdas=LAMBDAS,
+    channels=(96, 160, 192),
+    decoder_channels=(80, 160, 192),
+    blocks=2,
+    grids=(
+        GridConfig(16, groups=4, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
+        GridConfig(8, groups=12, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64)),
+    ),
+)
+
+
+def _paper(name: str, strides: tuple[int, ...]) -> ModelConfig:
+    """VQ-VAE-2 as published: one index per cell, K = 512, 64 dimensions, nearest code, no rate in the loss."""
+    return ModelConfig(
+        name=name,
+        lambdas=(0.0,),
+        channels=(128,) * len(strides),
+        decoder_channels=(128,) * len(strides),
+        blocks=2,
+        grids=tuple(
+            GridConfig(stride, groups=1, dim=64, codes=512, prior=PriorConfig(128, 4, hidden=128, heads=0 if k else 4))
+            for k, stride in enumerate(strides)
+        ),
+    )
+
+
+CONFIGS = {
+    config.name: config
+    for config in (PRODUCT, _paper("vqvae2-paper", (8, 4)), _paper("vqvae2-paper-large", (16, 8, 4)))
+}
