@@ -94,8 +94,8 @@ logit minus logit k::
     w_k = floor(2^(20 - (d_k mod 32) / 32) + 1/2) >> floor(d_k / 32)
     u_k = 1 + floor((2^20 - K) * w_k / sum(w))
 
-and what the sum of all u_k then lacks of 2^20 is added to one of them: of those with d_k = 0, the one with
-the smallest k. So every u_k >= 1, and u_k / 2^20 is the probability that the index is k.
+and what the sum of all u_k then lacks of 2^20, less than K, is added to u_0. So every u_k >= 1, and
+u_k / 2^20 is the probability that the index is k.
 
 
 7. rANS

@@ -46,8 +46,8 @@ def walk(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condit
     flat = indices.flatten(2)
     tables = torch.zeros(GROUPS, b, h * w, CODES, dtype=torch.int32)
 
-    def told(wave: Wave, group: int, table: Tensor) -> Tensor:
-        tables[group][:, wave.cells] = table
+    def told(wave: Wave, group: int, logits: Tensor) -> Tensor:
+        tables[group][:, wave.cells] = dyadic.tables(logits)
         return flat[:, group, wave.cells]
 
     assert torch.equal(fill_grid(prior, vectors, (b, h, w), level, condition, told), indices)

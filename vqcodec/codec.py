@@ -1,12 +1,13 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ModelMismatchError
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
-from vqcodec.models.quantizer import choose
+from vqcodec.models.dyadic import LOGIT_BITS, tables
+from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.models.wavefront import Wave, fill_grid, step_count
@@ -95,7 +97,9 @@ class Codec:
         stride = self.model.config.stride
         return -(-height // stride), -(-width // stride)
 
-    def tiled(self, network: Callable[..., Any], cells: tuple[int, int], *sources: Tensor | None) -> Tensor:
+    def tiled(
+        self, network: Callable[..., Sequence[Tensor]], cells: tuple[int, int], *sources: Tensor | None
+    ) -> list[Tensor]:
         config = self.model.config
         return run_tiled(network, sources, cells, config.stride, config.halo(), self.device)
 
@@ -118,28 +122,15 @@ def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Pro
     payloads: list[bytes] = []
     context: Tensor | None = None
     with torch.inference_mode():
-        features = [
-            codec.tiled(lambda x, k=k: model.analyse(x.float() / 255, level)[k], cells, pixels)
-            for k in range(len(model.config.grids))
-        ]
+        features = codec.tiled(lambda x: model.analyse(x.float() / 255, level), cells, pixels)
         for k, book in enumerate(model.codebooks):
-            z = codec.tiled(lambda f, c, k=k: model.latent(k, f, c, level), cells, features[k], context)
-            values, coder = book.split(z.to(codec.device)), rans.Encoder()
-
-            def pick(wave: Wave, group: int, table: Tensor) -> Tensor:
-                closeness = book.closeness(values[group][:, wave.cells], group)  # noqa: B023
-                index = choose(closeness, (table * 2.0**-rans.TOTAL_BITS).log2(), rate_weight)
-                interval = torch.stack([table, table.cumsum(-1, dtype=torch.int32)])
-                size, end = interval.gather(-1, index.expand(2, 1, -1)[..., None]).flatten(1).cpu().numpy()
-                coder.push(end - size, size)  # noqa: B023
-                tell(wave)
-                return index
-
-            grid = _fill(codec, k, cells, grids, level, pick)
-            payloads.append(coder.finish())
+            (z,) = codec.tiled(lambda f, c, k=k: [model.latent(k, f, c, level)], cells, features[k], context)
+            walk = _Encoding(book, z.to(codec.device), rate_weight, tell)
+            grid = _fill(codec, k, cells, grids, level, walk.choose)
+            payloads.append(walk.payload())
             if k + 1 < len(model.codebooks):
                 codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
-                context = codec.tiled(lambda q, c, k=k: model.decode_grid(k, q, c, level), cells, codes, context)
+                (context,) = codec.tiled(lambda q, c, k=k: [model.decode_grid(k, q, c, level)], cells, codes, context)
             grids.append(grid)
     header = Header(number + 1, width, height, picture.colour, codec.fingerprint)
     checksum = container.checksum(header, [grid[0].cpu().numpy() for grid in grids])
@@ -160,7 +151,7 @@ def decode_picture(
     model, cells = codec.model, codec.cells(header.height, header.width)
     level = torch.tensor([header.level - 1], device=codec.device)
     with torch.inference_mode():
-        x = codec.tiled(lambda *indices: _pixels(model.decode(indices, level)), cells, *grids)
+        (x,) = codec.tiled(lambda *indices: [_pixels(model.decode(indices, level))], cells, *grids)
     pixels = x[0, :, : header.height, : header.width].permute(1, 2, 0).contiguous().numpy()
     if header.colour in (ColourMode.GREY, ColourMode.GREY_ALPHA):
         pixels = np.repeat(np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8), 3, axis=2)
@@ -186,16 +177,47 @@ def decode_indices(codec: Codec, parts: Container, progress: Progress | None = N
     grids: list[Tensor] = []
     with torch.inference_mode():
         for k, payload in enumerate(parts.grids):
-            coder = rans.Decoder(payload)
-
-            def pop(wave: Wave, group: int, table: Tensor) -> Tensor:
-                tell(wave)
-                return torch.from_numpy(coder.pop(table[0].cpu().numpy()))[None].to(table.device)  # noqa: B023
-
-            grids.append(_fill(codec, k, cells, grids, level, pop))
-            coder.finish()
+            walk = _Decoding(payload, tell)
+            grids.append(_fill(codec, k, cells, grids, level, walk.choose))
+            walk.coder.finish()
     container.verify(parts, [grid[0].cpu().numpy() for grid in grids])
     return grids
+
+
+class _Encoding:
+    """The encoder's part in a walk: the index of least distance + rate, its interval noted for the coder."""
+
+    def __init__(self, book: Codebook, z: Tensor, rate_weight: float, tell: "_Steps") -> None:
+        self.values, self.affine = book.split(z)[:, 0], [book.affine(g) for g in range(book.groups)]
+        self.rate_weight, self.tell = rate_weight, tell
+        self.intervals: list[NDArray[np.int32]] = []
+
+    def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
+        self.tell(wave)
+        # The logits lack their common share of log2 p, which does not change the choice.
+        cost = F.linear(self.values[group, wave.cells], *self.affine[group])
+        index = cost.add_(logits[0], alpha=self.rate_weight * 2.0**-LOGIT_BITS).argmax(-1, keepdim=True)
+        table = tables(logits[0])
+        interval = torch.cat([table.cumsum(-1, dtype=torch.int32).gather(-1, index), table.gather(-1, index)], -1)
+        self.intervals.append(interval.t().cpu().numpy())
+        return index.t()
+
+    def payload(self) -> bytes:
+        coder = rans.Encoder()
+        end, size = np.concatenate(self.intervals, 1)
+        coder.push(end - size, size)
+        return coder.finish()
+
+
+class _Decoding:
+    """The decoder's part in a walk: the index that the coder finds in the table."""
+
+    def __init__(self, payload: bytes, tell: "_Steps") -> None:
+        self.coder, self.tell = rans.Decoder(payload), tell
+
+    def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
+        self.tell(wave)
+        return torch.from_numpy(self.coder.pop(tables(logits[0]).cpu().numpy()))[None].to(logits.device)
 
 
 def _fill(
@@ -205,12 +227,8 @@ def _fill(
     model, condition = codec.model, None
     if k:
 
-        def conditioned(indices: Tensor) -> Tensor:
-            found = model.condition(k, indices, level)
-            assert found is not None
-            return found.permute(0, 3, 1, 2)
-
-        condition = codec.tiled(conditioned, cells, grids[k - 1]).to(codec.device).permute(0, 2, 3, 1)
+        (found,) = codec.tiled(lambda i: [model.condition(k, i, level).permute(0, 3, 1, 2)], cells, grids[k - 1])
+        condition = found.to(codec.device).permute(0, 2, 3, 1)
     ratio = model.config.stride // model.config.grids[k].stride
     shape = (1, cells[0] * ratio, cells[1] * ratio)
     book = model.codebooks[k]

@@ -29,15 +29,15 @@ ACTIVATION_BITS, ACTIVATION_MAX = 5, 127
 STREAM_BITS, STREAM_MAX = 9, 2047
 LOGIT_BITS, LOGIT_MAX = 5, 2047
 WEIGHT_MAX = 127
-EXPONENT_MIN, EXPONENT_MAX = -14, 2
+EXPONENT_MIN, EXPONENT_MAX = -14, -5  # below: half a step of any output is a whole number of steps of its sum
 BIAS_MAX = 2**19  # in steps of the accumulator
 MAX_FAN_IN = 1000  # 1000 * 127 * 127 + 2**19, plus half an output step, is below 2**24
 
 TABLE_BITS = 20
 # Powers of two in steps of 1/32: POWERS[d] = floor(2**(20 - d/32) + 1/2) for the first octave, shifted right for
-# the others; 0 from 21 octaves on. Whole numbers, kept in float64 because that is what the sums need.
+# the others; 0 from 21 octaves on, up to the largest distance of two logits. Whole numbers, in float64 for the sums.
 _OCTAVE = [int(2 ** (TABLE_BITS - f / 32) + 0.5) for f in range(32)]
-POWERS = torch.tensor([_OCTAVE[d % 32] >> (d // 32) for d in range(32 * (TABLE_BITS + 1) + 1)], dtype=torch.float64)
+POWERS = torch.tensor([_OCTAVE[d % 32] >> (d // 32) for d in range(2 * LOGIT_MAX + 1)], dtype=torch.float64)
 
 Affine = Callable[[Tensor], Tensor]
 
@@ -146,10 +146,22 @@ class DyadicLinear(nn.Module):
 
         return affine
 
+    def in_steps(self, level: int, bits: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (out, in) and bias (out) for coding, where all numbers are whole steps.
+
+        For activations x in steps, floor(x @ weight.T + bias) are the sums rounded to steps of 2**-bits (one number,
+        or one per output): the factor and the half of the rounding are in the weight and the bias. Still exact.
+        """
+        weight, biases = self.on_grid()
+        factor = 2.0 ** torch.as_tensor(bits, dtype=weight.dtype, device=weight.device)
+        bias = biases[level if len(biases) > 1 else 0] * factor + 0.5
+        weight = weight * factor.reshape(-1, 1) * 2.0**-ACTIVATION_BITS
+        return weight.t().contiguous().t(), bias  # the layout in which a product with few rows is fastest
+
 
 def weights_of_two(distance: Tensor) -> Tensor:
-    """2**-distance on the integer table: distance >= 0 in logit steps held as floats; float64 whole numbers."""
-    return POWERS.to(distance.device)[(distance * 2.0**LOGIT_BITS).clamp_(max=len(POWERS) - 1).long()]
+    """2**-distance on the integer table: distance in 0 .. 2 * LOGIT_MAX steps held as floats; float64 whole numbers."""
+    return POWERS.to(distance.device).index_select(0, distance.int().flatten()).view_as(distance)
 
 
 def frequencies(logits: Tensor) -> Tensor:
@@ -159,29 +171,32 @@ def frequencies(logits: Tensor) -> Tensor:
     Guarantee: the same on every device. Every number is a whole number below 2**53; the one division is correctly
     rounded, and its quotient is further from the next whole number than that rounding can move it.
     """
-    logits = logit(logits)
-    top, index = logits.max(-1, keepdim=True)  # the first of equals
-    weights = weights_of_two(top - logits)
-    size = logits.shape[-1]
-    table = torch.floor(weights * (2**TABLE_BITS - size) / weights.sum(-1, keepdim=True)) + 1
-    return table.scatter_add_(-1, index, 2**TABLE_BITS - table.sum(-1, keepdim=True)).int()
+    return tables(logit(logits) * 2.0**LOGIT_BITS)
+
+
+def tables(steps: Tensor) -> Tensor:
+    """The same from logits in whole steps."""
+    weights = weights_of_two(steps.amax(-1, keepdim=True) - steps)
+    total = weights.sum(-1, keepdim=True)
+    table = weights.mul_(2**TABLE_BITS - steps.shape[-1]).div_(total).floor_().add_(1)
+    table[..., 0] += 2**TABLE_BITS - table.sum(-1)
+    return table.int()
 
 
 def attend(scores: Tensor, values: Tensor) -> Tensor:
     """Exact softmax attention, base 2, with a silent extra key (score 0, value 0) so that no row is empty.
 
-    scores: (..., Q, N) on the logit grid, -inf where a key is not allowed; values: (..., N, C) activations.
-    Returns (..., Q, C) activations.
+    scores: (..., Q, N) logits in whole steps, -inf where a key is not allowed; values: (..., N, C) float64 activations
+    in whole steps. Returns (..., Q, C) float64 activations in whole steps.
     """
     top = scores.amax(-1, keepdim=True).clamp_(min=0)
-    weights = weights_of_two(top - scores)
+    weights = weights_of_two((top - scores).clamp_(max=2 * LOGIT_MAX))
     total = weights.sum(-1, keepdim=True) + weights_of_two(top)
-    sums = weights @ (values.double() * 2.0**ACTIVATION_BITS)
-    return (torch.floor((2 * sums + total) / (2 * total)) * 2.0**-ACTIVATION_BITS).to(values.dtype)
+    return torch.floor((2 * (weights @ values) + total) / (2 * total))
 
 
 def attend_smoothly(scores: Tensor, values: Tensor) -> Tensor:
-    """The differentiable form of ``attend`` for training: equal up to one step of the activation grid."""
+    """The differentiable form of ``attend`` for training: equal up to a step, but not in steps."""
     silent = torch.zeros_like(scores[..., :1])
     weights = torch.softmax(torch.cat([scores, silent], -1) * 0.6931471805599453, -1)[..., :-1]
     return activation(wide(weights @ values.to(weights.dtype)))

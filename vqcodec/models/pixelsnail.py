@@ -106,7 +106,11 @@ class CausalAttention(nn.Module):
         seen = (row >= 0) & (row < ATTENTION_ROWS) & (age >= 1) & (age <= ATTENTION_STEPS)
         position = self.position[:, row.clamp(0, ATTENTION_ROWS - 1), (age - 1).clamp(0, ATTENTION_STEPS - 1)]
         scores = self.scores(query, key, position).masked_fill(~seen, -torch.inf)
-        out = (dyadic.attend_smoothly if self.training else dyadic.attend)(scores, value)
+        if self.training:
+            out = dyadic.attend_smoothly(scores, value)
+        else:
+            in_steps = value.double() * 2.0**dyadic.ACTIVATION_BITS
+            out = dyadic.attend(scores * 2.0**dyadic.LOGIT_BITS, in_steps).to(x.dtype) * 2.0**-dyadic.ACTIVATION_BITS
         return self.gate.at(level)(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
 
 
@@ -184,30 +188,43 @@ class ConditioningStack(nn.Module):
 
 
 class Walk:
-    """A prior at work on one batch of grids: the state between waves, of size O(rows), however wide the grid."""
+    """A prior at work on one batch of grids: the state between waves, of size O(rows), however wide the grid.
+
+    All numbers here are whole steps of their grids, which saves the scaling of every layer.
+    """
 
     def __init__(self, prior: PixelSNAIL, vectors: Tensor, shape: tuple[int, int, int], level: int) -> None:
         """vectors: (M, K, d) code activations; shape: (B, h, w)."""
-        config, (b, h, w) = prior.config, shape
-        self.vectors, self.dim, self.height, self.width = vectors, prior.dim, h, w
-        self.channels = config.channels
-        at = torch.tensor(level, device=vectors.device)
-        self.embed = prior.embed.at(at)
-        self.updates = [block.at(at) for block in prior.blocks]
-        self.heads = [prior.head(g, at) for g in range(prior.groups)]
+        config, (b, h, _) = prior.config, shape
+        self.vectors = vectors * 2.0**dyadic.ACTIVATION_BITS
+        self.groups, self.hidden = torch.arange(prior.groups, device=vectors.device), config.hidden
+        self.embed = prior.embed.in_steps(level, dyadic.STREAM_BITS)
+        self.blocks = [_Block(block, level) for block in prior.blocks]
+        # The heads' hidden layers in two parts: the features' share of all groups at once, and what each code of a
+        # group adds to the groups after it, from a table (K, later groups * hidden).
+        hidden = [layer.in_steps(level, dyadic.ACTIVATION_BITS) for layer in prior.hidden]
+        c, d = config.channels, prior.dim
+        shared = torch.cat([w[:, :c] for w, _ in hidden])
+        self.features = shared.t().contiguous().t(), torch.cat([bias for _, bias in hidden])
+        self.added = [
+            torch.cat([codes @ w[:, c + g * d : c + (g + 1) * d].t() for w, _ in hidden[g + 1 :]], -1)
+            for g, codes in enumerate(self.vectors[:-1])
+        ]
+        self.out = [layer.in_steps(level, dyadic.LOGIT_BITS) for layer in prior.out]
         # One ring of steps per layer that looks at neighbours; row -1 of the grid is row 0 here and stays zero.
-        depth = [prior.groups * prior.dim] + [config.channels] * config.blocks
-        self.rings = [vectors.new_zeros(HISTORY + 1, b, h + 1, c) for c in depth]
-        self.attention = AttentionWalk(prior.attention, vectors, shape, at) if prior.attention else None
+        depth = [prior.groups * d] + [c] * config.blocks
+        self.rings = [vectors.new_zeros(HISTORY + 1, b, h + 1, channels) for channels in depth]
+        self.attention = AttentionWalk(prior.attention, vectors, shape, level) if prior.attention else None
         self.attention_after = prior.attention_after
-        self.known = torch.empty(0)
+        self.sums = torch.empty(0)
+        self.chosen: list[Tensor] = []
 
-    def _taps(self, layer: int, wave: "Wave") -> Tensor:
-        """Neighbours (B, n, 4C) in the order of CAUSAL: plain slices of the ring."""
+    def _taps(self, layer: int, wave: "Wave") -> list[Tensor]:
+        """Neighbours, four of (B, n, C), in the order of CAUSAL: plain slices of the ring."""
         ring, t, rows = self.rings[layer], wave.step, wave.rows
         below, above = slice(rows.start + 1, rows.stop + 1), slice(rows.start, rows.stop)
         back = [ring[(t - k) % (HISTORY + 1)] for k in (1, 2, 3)]
-        return torch.cat([back[0][:, below], back[0][:, above], back[1][:, above], back[2][:, above]], -1)
+        return [back[0][:, below], back[0][:, above], back[1][:, above], back[2][:, above]]
 
     def _keep(self, layer: int, wave: "Wave", x: Tensor | None) -> None:
         slot = self.rings[layer][wave.step % (HISTORY + 1)]
@@ -220,69 +237,137 @@ class Walk:
         for layer in range(len(self.rings)):
             self._keep(layer, wave, None)
         if self.attention is not None:
-            self.attention.keep(wave, None)
+            self.attention.end(wave, None)
 
     def begin(self, wave: "Wave", condition: Tensor | None) -> None:
         """Features of the wave's n cells; condition: (B, n, C) stream values."""
-        stream = dyadic.stream(self.embed(self._taps(0, wave)))
+        stream = _clip_stream(F.linear(torch.cat(self._taps(0, wave), -1), *self.embed).floor_())
         if condition is not None:
-            stream = dyadic.stream(stream + condition)
-        for k, update in enumerate(self.updates):
+            stream = _clip_stream(stream.add_(condition, alpha=2**dyadic.STREAM_BITS))
+        for k, block in enumerate(self.blocks):
             if self.attention is not None and k == self.attention_after:
                 stream = self.attention.begin(stream, wave)
-            x = dyadic.activation(stream)
+            x = _read(stream)
             self._keep(1 + k, wave, x)
-            stream = update(stream, torch.cat([x, self._taps(1 + k, wave)], -1))
-        codes = stream.new_zeros(stream.shape[:-1] + (self.rings[0].shape[-1],))
-        self.known = torch.cat([dyadic.activation(stream), codes], -1)
+            stream = block.update(stream, torch.cat([x, *self._taps(1 + k, wave)], -1))
+        self.sums = F.linear(_read(stream), *self.features)
+        self.chosen = []
 
     def logits(self, group: int) -> Tensor:
-        """(B, n, K), given the indices of this wave's earlier groups."""
-        return self.heads[group](self.known)
+        """(B, n, K) in whole steps, given the indices of this wave's earlier groups."""
+        hidden = self.sums[..., group * self.hidden : (group + 1) * self.hidden]
+        x = F.linear(hidden.floor().clamp_(0, dyadic.ACTIVATION_MAX), *self.out[group])
+        return x.floor_().clamp_(-dyadic.LOGIT_MAX, dyadic.LOGIT_MAX)
 
     def put(self, group: int, index: Tensor) -> None:
-        """Note the indices (B, n) of a group."""
-        start = self.channels + group * self.dim
-        self.known[..., start : start + self.dim] = self.vectors[group][index]
+        """Note the indices (B, n) of a group; groups come in order."""
+        self.chosen.append(index)
+        if group < len(self.added):
+            added = self.added[group].index_select(0, index.flatten())
+            self.sums[..., (group + 1) * self.hidden :] += added.view(*index.shape, -1)
 
-    def end(self, wave: "Wave") -> None:
-        codes = self.known[..., self.channels :]
+    def end(self, wave: "Wave") -> Tensor:
+        """All groups are put: the wave becomes history. Returns its indices (B, M, n)."""
+        chosen = torch.stack(self.chosen)
+        codes = self.vectors[self.groups[:, None, None], chosen].permute(1, 2, 0, 3).flatten(2)
         self._keep(0, wave, codes)
         if self.attention is not None:
-            self.attention.keep(wave, codes)
+            self.attention.end(wave, codes)
+        return chosen.transpose(0, 1)
+
+
+def _clip_stream(x: Tensor) -> Tensor:
+    return x.clamp_(-dyadic.STREAM_MAX, dyadic.STREAM_MAX)
+
+
+def _clip(x: Tensor) -> Tensor:
+    return x.clamp_(-dyadic.ACTIVATION_MAX, dyadic.ACTIVATION_MAX)
+
+
+def _read(stream: Tensor) -> Tensor:
+    """Stream steps -> activation steps."""
+    return _clip((stream * 2.0 ** (dyadic.ACTIVATION_BITS - dyadic.STREAM_BITS)).add_(0.5).floor_())
+
+
+class _Gate:
+    """``dyadic.gated`` of a layer, added to the stream, in steps."""
+
+    def __init__(self, layer: DyadicLinear, level: int) -> None:
+        channels = layer.weight.shape[0] // 2
+        # The gate's b/4 + 1/2 in steps of 2**-6: sums in steps of 2**-4, plus 32 steps.
+        bits = torch.tensor([dyadic.ACTIVATION_BITS] * channels + [4] * channels)
+        self.weight, bias = layer.in_steps(level, bits)
+        self.bias = bias + torch.tensor([0.0] * channels + [32.0] * channels).to(bias)
+
+    def add_to(self, stream: Tensor, x: Tensor) -> Tensor:
+        value, gate = F.linear(x, self.weight, self.bias).floor_().chunk(2, -1)
+        # Products are in steps of 2**-11, a quarter of the stream's.
+        return _clip_stream(torch.addcmul(stream, _clip(value), gate.clamp_(0, 64), value=0.25).add_(0.5).floor_())
+
+
+class _Block:
+    """A GatedBlock in steps."""
+
+    def __init__(self, block: GatedBlock, level: int) -> None:
+        self.spatial = block.spatial.in_steps(level, dyadic.ACTIVATION_BITS)
+        self.gate = _Gate(block.gate, level)
+
+    def update(self, stream: Tensor, taps: Tensor) -> Tensor:
+        hidden = F.linear(taps, *self.spatial).floor_().clamp_(0, dyadic.ACTIVATION_MAX)
+        return self.gate.add_to(stream, hidden)
 
 
 class AttentionWalk:
-    """Causal attention wave by wave: rings of keys and values over the last ATTENTION_STEPS steps."""
+    """Causal attention wave by wave: rings of keys and values over the last ATTENTION_STEPS steps.
 
-    def __init__(self, layer: CausalAttention, like: Tensor, shape: tuple[int, int, int], level: Tensor) -> None:
-        b, h, self.width = shape
-        self.layer = layer
-        self.query, self.key_value, self.gate = (m.at(level) for m in (layer.query, layer.key_value, layer.gate))
-        self.ring = like.new_zeros(ATTENTION_STEPS, b, h + ATTENTION_ROWS - 1, 2 * layer.heads, layer.head_channels)
+    A row of the rings holds its steps side by side, so the window of a cell, the ATTENTION_ROWS rows that end at its
+    own, is one piece of memory: all windows of a wave are one overlapping view, and nothing is copied.
+    """
+
+    def __init__(self, layer: CausalAttention, like: Tensor, shape: tuple[int, int, int], level: int) -> None:
+        b, h, _ = shape
+        self.heads, size = layer.heads, (h + ATTENTION_ROWS - 1, ATTENTION_STEPS)
+        self.query, self.key_value = (m.in_steps(level, dyadic.ACTIVATION_BITS) for m in (layer.query, layer.key_value))
+        self.gate = _Gate(layer.gate, level)
+        self.keys, self.values = like.new_zeros(2, b, self.heads, *size, layer.head_channels)
+        self.values = self.values.double()  # what the exact sums need
+        # Minus infinity where a slot holds no cell of the grid and window.
+        self.absent = like.new_full(size, -torch.inf)
+        # Slot s of step t holds what is age = (t - 1 - s) mod S + 1 steps back; rows go up from the cell's own.
+        slots, steps = torch.arange(ATTENTION_STEPS, device=like.device), ATTENTION_STEPS
+        ages = (torch.arange(steps, device=like.device)[:, None] - 1 - slots) % steps
+        position = dyadic.logit(layer.position).flip(1)[..., ages] * 2.0**dyadic.LOGIT_BITS  # (heads, rows, t, slots)
+        self.position = position.permute(2, 0, 1, 3).flatten(2).unsqueeze(2) + 0.5  # (t, heads, 1, rows * slots)
         self.x = torch.empty(0)
 
-    def begin(self, stream: Tensor, wave: "Wave") -> Tensor:
-        """stream (B, n, C) -> stream (B, n, C)."""
-        self.x = dyadic.activation(stream)
-        t, first, last = wave.step, wave.rows.start, wave.rows.stop
-        age = torch.arange(1, ATTENTION_STEPS + 1, device=stream.device)
-        up = torch.arange(ATTENTION_ROWS, device=stream.device)
-        # (steps, B, n, heads, c, rows), rows counted upwards -> (B, n, heads, rows * steps, c)
-        window = self.ring[(t - age) % ATTENTION_STEPS, :, first : last + ATTENTION_ROWS - 1]
-        window = window.unfold(2, ATTENTION_ROWS, 1).flip(-1).permute(1, 2, 3, 5, 0, 4).flatten(3, 4)
-        key, value = window.chunk(2, 2)
-        row = torch.arange(first, last, device=stream.device)[:, None, None] - up[:, None]
-        column = t - age - 2 * row
-        seen = ((row >= 0) & (column >= 0) & (column < self.width)).flatten(1)[None, :, None, None]
-        query = self.layer.split(self.query(self.x))[..., None, :]
-        scores = self.layer.scores(query, key, self.layer.position.flatten(1)[:, None])
-        out = dyadic.attend(scores.masked_fill(~seen, -torch.inf), value).flatten(2)
-        return dyadic.stream(stream + dyadic.gated(self.gate(out)))
+    def _windows(self, ring: Tensor, wave: "Wave") -> Tensor:
+        """(rows, S, ...) -> (n, ATTENTION_ROWS * S, ...), the windows of the wave's rows."""
+        view = ring.flatten(0, 1)[wave.rows.start * ATTENTION_STEPS :]
+        size, stride = (wave.rows.stop - wave.rows.start, ATTENTION_ROWS * ATTENTION_STEPS), view.stride(0)
+        return view.as_strided((*size, *view.shape[1:]), (ATTENTION_STEPS * stride, *view.stride()))
 
-    def keep(self, wave: "Wave", codes: Tensor | None) -> None:
-        """Keys and values of the finished wave; nothing for a step without cells (never read: ``seen``)."""
+    def begin(self, stream: Tensor, wave: "Wave") -> Tensor:
+        """stream (B, n, C) -> stream (B, n, C), in steps."""
+        self.x = _read(stream)
+        query = _clip(F.linear(self.x, *self.query).floor_()).unflatten(-1, (self.heads, 1, -1))
+        position, absent = self.position[wave.step % ATTENTION_STEPS], self._windows(self.absent, wave)
+        out = torch.empty_like(query)
+        for b in range(len(stream)):
+            for head in range(self.heads):
+                # Products are in steps of 2**-10; half of them, as logits, in steps of 2**-5.
+                scores = torch.bmm(query[b, :, head], self._windows(self.keys[b, head], wave).transpose(1, 2))
+                scores = scores[:, 0].mul_(2.0**-6).add_(position[head]).floor_()
+                scores = scores.clamp_(-dyadic.LOGIT_MAX, dyadic.LOGIT_MAX).add_(absent)
+                out[b, :, head] = dyadic.attend(scores[:, None], self._windows(self.values[b, head], wave))
+        return self.gate.add_to(stream, out.flatten(2))
+
+    def end(self, wave: "Wave", codes: Tensor | None) -> None:
+        """Keys and values of the finished wave, codes (B, n, M * d) in steps; None for a step without cells."""
+        slot = wave.step % ATTENTION_STEPS
+        self.absent[:, slot] = -torch.inf
         if codes is not None:
-            key_value = self.layer.split(self.key_value(torch.cat([self.x, codes], -1)))
-            start = wave.rows.start + ATTENTION_ROWS - 1
-            self.ring[wave.step % ATTENTION_STEPS, :, start : start + codes.shape[1]] = key_value
+            rows = slice(wave.rows.start + ATTENTION_ROWS - 1, wave.rows.stop + ATTENTION_ROWS - 1)
+            known = _clip(F.linear(torch.cat([self.x, codes], -1), *self.key_value).floor_())
+            both = known.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (2, B, heads, n, c)
+            self.absent[rows, slot] = 0
+            self.keys[:, :, rows, slot], self.values[:, :, rows, slot] = both[0], both[1].double()

@@ -63,10 +63,14 @@ class Codebook(nn.Module):
         """Indices (B, M, h, w) and a table (M, K, d) -> (B, h, w, M * d)."""
         return torch.cat([table[g][indices[:, g]] for g in range(self.groups)], -1)
 
+    def affine(self, group: int) -> tuple[Tensor, Tensor]:
+        """The weight (K, d) and bias (K,) that map latents of a group to their closeness."""
+        e = self.vectors[group].detach()
+        return 2 * e, -e.pow(2).sum(-1)
+
     def closeness(self, z: Tensor, group: int) -> Tensor:
         """|z|^2 - |z - e|^2 for z (..., d) of a group: (..., K)."""
-        e = self.vectors[group].detach()
-        return F.linear(z.flatten(0, -2), 2 * e, -e.pow(2).sum(-1)).unflatten(0, z.shape[:-1])
+        return F.linear(z.flatten(0, -2), *self.affine(group)).unflatten(0, z.shape[:-1])
 
     def log2_usage(self) -> Tensor:
         """log2 of the frequency of use, (levels, M, K)."""

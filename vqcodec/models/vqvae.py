@@ -204,10 +204,8 @@ class VQVAE(nn.Module):
         assert context is not None
         return context
 
-    def condition(self, k: int, indices: Tensor | None, level: Tensor) -> Tensor | None:
+    def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
         """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
-        if indices is None:
-            return None
         book, stack = self.codebooks[k - 1], self.priors[k].condition
         assert stack is not None
         return stack(book.lookup(indices, book.activations()), level)
@@ -215,11 +213,13 @@ class VQVAE(nn.Module):
     def forward(self, x: Tensor, level: Tensor, rate_weight: float) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate."""
-        context, coarser, indices = None, None, []
+        context: Tensor | None = None
+        coarser: Tensor | None = None
+        indices: list[Tensor] = []
         bits, penalty = [], x.new_zeros(x.shape[0])
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, features, context, level)
-            condition = self.condition(k, coarser, level)
+            condition = None if coarser is None else self.condition(k, coarser, level)
             index, straight, loss = self._quantize(k, z, condition, level, rate_weight)
             bits.append(self.code_lengths(k, index, condition, level))
             penalty = penalty + loss
@@ -244,7 +244,7 @@ class VQVAE(nn.Module):
         b, _, h, w = z.shape
         v = book.split(z)
         values = v.detach()
-        if self.training and not book.initialised:
+        if book.training and not book.initialised:
             book.initialise(values)
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             usage = book.log2_usage()[level][:, :, None]
@@ -266,7 +266,7 @@ class VQVAE(nn.Module):
         penalty = penalty + rate_weight * ((v - values) * gradient).sum((0, 2, 3))  # zero, but for its gradient
         if book.learning == "loss":
             penalty = penalty + (values - e).pow(2).sum((0, 2, 3))
-        if self.training:
+        if book.training:
             book.update(values, index, level)
         straight = v + (e - v).detach()
         joined = straight.permute(1, 0, 3, 2).reshape(b, -1, h, w)

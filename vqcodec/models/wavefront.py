@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqcodec.models.dyadic import frequencies
 from vqcodec.models.pixelsnail import PixelSNAIL, Walk
 
 
@@ -52,9 +51,9 @@ def fill_grid(
 
     vectors: (M, K, d), the code activations. condition: (B, h, w, C) stream values from the coarser grid, None for the
     coarsest.
-    choose: called in coding order, wave by wave and group by group, with the wave, the group and the coding tables
-    (B, n, K) of its n cells (see ``frequencies``); returns the indices (B, n). The encoder chooses and notes, the
-    decoder pops, the sampler draws.
+    choose: called in coding order, wave by wave and group by group, with the wave, the group and the logits (B, n, K)
+    of its n cells in whole steps (``dyadic.tables`` makes coding tables of them); returns the indices (B, n). The
+    encoder chooses and notes, the decoder pops, the sampler draws.
     """
     b, h, w = shape
     walk = Walk(prior, vectors, shape, level)
@@ -66,8 +65,6 @@ def fill_grid(
             continue
         walk.begin(wave, None if flat is None else flat[:, wave.cells])
         for group in range(prior.groups):
-            index = choose(wave, group, frequencies(walk.logits(group)))
-            walk.put(group, index)
-            grid[:, group, wave.cells] = index
-        walk.end(wave)
+            walk.put(group, choose(wave, group, walk.logits(group)))
+        grid[:, :, wave.cells] = walk.end(wave)
     return grid.reshape(b, prior.groups, h, w)

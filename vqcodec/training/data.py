@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
+
+from bitstream.errors import ImageError
+from vqcodec.image import read
 
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -44,8 +48,10 @@ class Cache:
         partial = data.with_suffix(f".{os.getpid()}")  # several processes may start at once
         with open(partial, "wb") as file:
             for path in paths:
-                with Image.open(path) as image:
-                    array = np.asarray(image.convert("RGB"))
+                try:
+                    array = read(path).pixels
+                except ImageError as error:
+                    raise ImageError(f"{path}: {error}") from None
                 file.write(array.tobytes())
                 rows.append((offset, *array.shape[:2]))
                 offset += array.size
@@ -62,19 +68,19 @@ class Cache:
         return self.pixels[offset : offset + h * w * 3].reshape(h, w, 3)
 
 
-class Crops(IterableDataset):
+class Crops(IterableDataset[Tensor]):
     """An endless stream of square crops (3, size, size) in 0..1: random place, flip and scale (0.5..1 of the image,
-    half of the time), images drawn by their area."""
+    half of the time), images drawn by the root of their area."""
 
     def __init__(self, cache: Cache, size: int, seed: int) -> None:
         self.cache, self.size, self.seed = cache, size, seed
         self.usable = [k for k in range(len(cache)) if min(cache.shapes[k, 1:]) >= size]
         if not self.usable:
-            raise ValueError(f"no training image is as large as a crop, {size} x {size}")
-        areas = [float(cache.shapes[k, 1] * cache.shapes[k, 2]) for k in self.usable]
-        self.weights = [area**0.5 for area in areas]
+            raise ImageError(f"no training image is as large as a crop, {size} x {size}: choose a smaller --crop")
+        # Between one image, one vote and one pixel, one vote: large photographs hold more, but not in proportion.
+        self.weights = [float(cache.shapes[k, 1] * cache.shapes[k, 2]) ** 0.5 for k in self.usable]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Tensor]:
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
         while True:

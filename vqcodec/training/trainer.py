@@ -164,6 +164,8 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         model.requires_grad_(True)
         for book in model.codebooks:
             book.vectors.requires_grad_(book.learning == "loss")
+        if run.stage == "prior":
+            model.eval().priors.train()  # the codebooks stay as they are
         optims = optimizers(model, run.stage)
         base = [group["lr"] for optim in optims for group in optim.param_groups]
         average, step, elapsed = Average(model), 0, 0.0

@@ -1,0 +1,63 @@
+"""Images in, results out."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitstream.errors import ImageError
+from vqcodec.files import write_atomically
+from vqcodec.image import read
+
+Bytes = NDArray[np.uint8]
+
+SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find(folder: Path) -> list[Path]:
+    """The image files in a folder, by name. Raises FileNotFoundError if there are none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"{folder}: no images in this folder ({' '.join(SUFFIXES)})")
+    return found
+
+
+def load(path: Path) -> Bytes | str:
+    """Pixels (H, W, 3) of an image, without alpha and metadata; or why they cannot be read."""
+    try:
+        return read(path).pixels
+    except (ImageError, OSError) as error:
+        return str(error)
+
+
+def describe(name: str, pixels: Bytes) -> dict[str, Any]:
+    """An image by name, size and CRC-32 of its pixels."""
+    height, width = pixels.shape[:2]
+    return {"image": name, "width": width, "height": height, "crc32": f"{zlib.crc32(pixels.tobytes()):08x}"}
+
+
+def photos(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Bytes]]:
+    """Name and pixels of every image that can be read; the others go to `skipped`, with the reason."""
+    for path in find(folder):
+        pixels = load(path)
+        if isinstance(pixels, str):
+            skipped[path.name] = pixels
+        else:
+            yield path.name, pixels
+
+
+def beside(output: Path, ending: str) -> Path:
+    """results/NAME and ".json" -> results/NAME.json. Makes the folder."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.with_name(output.name + ending)
+
+
+def save_json(output: Path, result: dict[str, Any]) -> Path:
+    path = beside(output, ".json")
+    with write_atomically(path, force=True) as file:
+        file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+    return path

@@ -1,0 +1,269 @@
+"""Rate-distortion: every image of a folder through real files of vq2 and its rivals."""
+
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import codecs, corpus, machine
+from benchmarks.codecs import Bytes, Rival
+from benchmarks.metrics import BD_METHOD, METRICS, SKIPPED, Curve, bd_rate, bits_per_pixel, relative_size
+from vqcodec import Codec
+from vqcodec.files import write_atomically
+
+Row = dict[str, Any]
+Tell = Callable[[str], None]
+
+PUBLISHED = Path(__file__).parent / "published" / "kodak.json"
+COLUMNS = ("image", "width", "height", "crc32", "codec", "quality", "bytes", "bpp", *METRICS)
+STYLES: dict[str, dict[str, Any]] = {
+    "vq2": {"marker": "o", "color": "black", "linewidth": 2.5, "zorder": 3},
+    "rival": {"marker": "."},
+    "published": {"marker": ".", "linestyle": "--", "linewidth": 1.2},
+}
+MEAN_COLUMNS = ("codec", "quality", "images", "bpp", *METRICS)
+
+
+def run(
+    folder: Path,
+    output: Path,
+    *,
+    weights: Path | None = None,
+    qualities: tuple[float, ...] | None = None,
+    rivals: tuple[str, ...] = tuple(codecs.RIVALS),
+    jobs: int = 1,
+    fresh: bool = False,
+    published: bool = False,
+    tell: Tell = print,
+) -> dict[str, Any]:
+    """Measure, compare and save OUTPUT.json, OUTPUT.csv, OUTPUT-mean.csv, OUTPUT.png and OUTPUT.svg.
+
+    The JSON file is saved after every image. What it has of the rivals is not computed again unless `fresh`;
+    vq2 always is, because the same weights give other files when the code has changed.
+    """
+    paths, lineup = corpus.find(folder), Lineup(weights, qualities, rivals)
+    codec, contestants, missing = assemble(lineup)
+    result: dict[str, Any] = {
+        "benchmark": "rd",
+        "machine": machine.describe(codec, weights),
+        "corpus": {"folder": folder.resolve().name, "images": 0, "skipped": {}},
+        "jobs": jobs,
+        "codecs": {rival.name: rival.what for rival in contestants},
+        "skipped": {**missing, **SKIPPED},
+    }
+    rows = {} if fresh else _known(output, result["codecs"])
+    measured: list[Row] = []
+    for path, found in zip(paths, _measure_all(paths, rows, lineup, jobs), strict=True):
+        rows.pop(path.name, None)
+        if isinstance(found, str):
+            result["corpus"]["skipped"][path.name] = found
+            tell(f"{path.name}: skipped, {found}")
+            continue
+        measured += found
+        result["corpus"]["images"] += 1
+        tell(f"{path.name}: done")
+        corpus.save_json(output, {**result, "rows": [*measured, *itertools.chain(*rows.values())]})
+    if not measured:
+        raise ValueError(f"{folder}: none of the {len(paths)} images can be read")
+    result |= {"rows": measured, "means": means(measured)}
+    curves = {rival.name: curve(result["means"], rival.name) for rival in contestants}
+    if published:
+        result["published"] = json.loads(PUBLISHED.read_text("utf-8"))
+        for entry in result["published"]["curves"]:
+            curves[f"{entry['name']} *"] = Curve(*zip(*entry["points"], strict=True))
+    result |= compare(curves, result["means"])
+    corpus.save_json(output, result)
+    _save_csv(output, ".csv", COLUMNS, measured)
+    _save_csv(output, "-mean.csv", MEAN_COLUMNS, result["means"])
+    plot(output, curves, f"{result['corpus']['folder']}, {result['corpus']['images']} images")
+    return result
+
+
+# --- measuring ---
+
+
+class Lineup(NamedTuple):
+    """Who competes, in a form that other processes can be sent."""
+
+    weights: Path | None
+    qualities: tuple[float, ...] | None
+    rivals: tuple[str, ...]
+
+
+@functools.cache
+def assemble(lineup: Lineup) -> tuple[Codec, list[Rival], dict[str, str]]:
+    """The model, vq2 and the rivals that are there, and why the others are not."""
+    codec = Codec.load(lineup.weights, device="cpu")
+    found, missing = codecs.available(lineup.rivals)
+    return codec, [codecs.vq2(codec, lineup.qualities), *found], missing
+
+
+def measure(rival: Rival, quality: float, pixels: Bytes) -> Row:
+    """One file, written and read back."""
+    data = rival.encode(pixels, quality)
+    decoded = rival.decode(data)
+    scores = {name: metric(pixels, decoded) for name, metric in METRICS.items()}
+    bpp = bits_per_pixel(len(data), pixels.shape[0] * pixels.shape[1])
+    return {"codec": rival.name, "quality": quality, "bytes": len(data), "bpp": bpp, **scores}
+
+
+def _measure_file(path: Path, known: list[Row], lineup: Lineup) -> list[Row] | str:
+    """All rows of an image, or why it cannot be read. known: earlier rows of an image of this name."""
+    pixels = corpus.load(path)
+    if isinstance(pixels, str):
+        return pixels
+    image = corpus.describe(path.name, pixels)
+    old = {(row["codec"], row["quality"]): row for row in known if image.items() <= row.items()}
+    return [
+        old.get((rival.name, quality)) or {**image, **measure(rival, quality, pixels)}
+        for rival in assemble(lineup)[1]
+        for quality in rival.qualities
+    ]
+
+
+def _measure_all(
+    paths: list[Path], known: dict[str, list[Row]], lineup: Lineup, jobs: int
+) -> Iterator[list[Row] | str]:
+    """In this process if jobs is 1, otherwise in processes with one thread each."""
+    arguments = paths, [known.get(path.name, []) for path in paths], itertools.repeat(lineup)
+    if jobs == 1:
+        yield from map(_measure_file, *arguments)
+        return
+    import torch
+
+    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads may hang
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(_measure_file, *arguments)
+
+
+def _known(output: Path, what: dict[str, str]) -> dict[str, list[Row]]:
+    """Rows of rivals in an earlier result, by image: those with the same library, settings and metrics."""
+    path = corpus.beside(output, ".json")
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier.get("benchmark") != "rd":
+        raise ValueError(f"{path} is not a result of rd: choose another name with -o")
+    same = {name for name, text in earlier["codecs"].items() if name != "vq2" and text == what.get(name)}
+    known: dict[str, list[Row]] = {}
+    for row in earlier["rows"]:
+        if row["codec"] in same and row.keys() >= METRICS.keys():
+            known.setdefault(row["image"], []).append({key: row[key] for key in COLUMNS})
+    return known
+
+
+# --- comparing ---
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """The mean over images of bpp and every metric, for each codec and quality; None if an image has None."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["codec"], row["quality"]), []).append(row)
+    return [
+        {
+            "codec": codec,
+            "quality": quality,
+            "images": len(group),
+            **{name: _mean([row[name] for row in group]) for name in ("bpp", *METRICS)},
+        }
+        for (codec, quality), group in groups.items()
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def curve(mean_rows: Sequence[Row], codec: str) -> Curve:
+    points = sorted((row["bpp"], row["psnr"]) for row in mean_rows if row["codec"] == codec)
+    return Curve(*zip(*points, strict=True))
+
+
+def compare(curves: dict[str, Curve], mean_rows: Sequence[Row]) -> dict[str, Any]:
+    """vq2 against every other curve: BD-rate, and the size at equal mean PSNR of each quality."""
+    anchors = {name: anchor for name, anchor in curves.items() if name != "vq2"}
+    ours = [row for row in mean_rows if row["codec"] == "vq2"]
+    return {
+        "bd_method": BD_METHOD,
+        "bd_rate": {name: bd_rate(anchor, curves["vq2"])._asdict() for name, anchor in anchors.items()},
+        "percent_of_size_at_equal_psnr": [
+            {
+                "quality": row["quality"],
+                **{name: relative_size(row["bpp"], row["psnr"], anchor) for name, anchor in anchors.items()},
+            }
+            for row in ours
+        ],
+    }
+
+
+# --- telling ---
+
+
+def table(result: dict[str, Any]) -> str:
+    images, folder = result["corpus"]["images"], result["corpus"]["folder"]
+    skipped = {**result["corpus"]["skipped"], **result["skipped"]}
+    lines = [machine.title(result["machine"]), f"{folder}: {images} images, means over them"]
+    lines += [f"skipped {name}: {reason}" for name, reason in skipped.items()]
+    anchors = [name for name in result["codecs"] if name != "vq2"]
+    heads = " ".join(f"{name:>9}" for name in anchors)
+    lines += ["", f"{'':>30}size in percent of theirs at the same mean PSNR"]
+    lines += [f"  vq2     bpp   PSNR  MS-SSIM {heads}"]
+    sizes = {row["quality"]: row for row in result["percent_of_size_at_equal_psnr"]}
+    for row in (row for row in result["means"] if row["codec"] == "vq2"):
+        percents = [_number(sizes[row["quality"]][name], ".1f").rjust(max(9, len(name))) for name in anchors]
+        ms_ssim = _number(row.get("ms_ssim"), ".4f")
+        numbers = f"{row['quality']:>5g} {row['bpp']:7.4f} {row['psnr']:6.2f} {ms_ssim:>8}"
+        lines.append(" ".join([numbers, *percents]))
+    lines += ["", f"BD-rate of vq2 ({result['bd_method']} over the mean curves, negative: vq2 is smaller)"]
+    for name, bd in result["bd_rate"].items():
+        percent = "none" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
+        about = bd["reason"] or f"{bd['low']:.2f} to {bd['high']:.2f} dB"
+        lines.append(f"  against {name:<22} {percent:>9}   {about}")
+    if "published" in result:
+        lines.append(f"* published numbers, for {result['published']['corpus']}: not measured here")
+    return "\n".join(lines)
+
+
+def _number(value: float | None, format: str) -> str:
+    return "-" if value is None else f"{value:{format}}"
+
+
+def _save_csv(output: Path, ending: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    with write_atomically(corpus.beside(output, ending), force=True) as file:
+        file.write(text.getvalue().encode())
+
+
+def plot(output: Path, curves: dict[str, Curve], title: str) -> None:
+    """Mean PSNR over bits per pixel as PNG and SVG, over the range of vq2 and a margin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "vqcodec"  # the same file for the same numbers
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 6), layout="constrained")
+    for name, (bpp, psnr) in curves.items():
+        style = STYLES["vq2" if name == "vq2" else "published" if name.endswith(" *") else "rival"]
+        axes.plot(bpp, psnr, label=name, **style)
+    bpp, psnr = curves["vq2"]
+    axes.set_xlim(0, 1.25 * max(bpp))
+    axes.set_ylim(min(psnr) - 2, max(psnr) + 2)
+    axes.set(xlabel="bits per pixel", ylabel="mean PSNR-RGB (dB)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    for ending, metadata in ((".png", {}), (".svg", {"Date": None})):
+        figure.savefig(corpus.beside(output, ending), dpi=150, metadata=metadata)
+    pyplot.close(figure)

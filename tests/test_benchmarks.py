@@ -1,0 +1,264 @@
+"""The benchmarks: metrics against values known from elsewhere, and tiny runs from end to end."""
+
+import csv
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from tiny_model import WEIGHTS
+
+from benchmarks import codecs, entropy, metrics, rd, speed
+from benchmarks.__main__ import main
+from benchmarks.metrics import Curve, bd_rate, psnr, relative_size
+from vqcodec import Codec
+
+
+def grey(level: int, height: int = 8, width: int = 8) -> metrics.Bytes:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images, one that is damaged, and a file that is none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(speed.pink_noise(96, 64)).save(folder / "b.png")
+    Image.fromarray(speed.pink_noise(50, 70, seed=1)).save(folder / "a.png")
+    (folder / "broken.png").write_bytes((folder / "b.png").read_bytes()[:2000])
+    (folder / "README.md").write_text("not an image")
+    return folder
+
+
+# --- metrics ---
+
+
+def test_psnr_is_one_mean_over_pixels_and_channels() -> None:
+    image, other = grey(100), grey(100)
+    other[..., 0] += 3  # a squared error of 9 in one channel of three
+    assert psnr(image, other) == pytest.approx(10 * math.log10(255**2 / 3))
+    assert psnr(grey(0), grey(255)) == 0
+    assert psnr(grey(7), grey(8)) == pytest.approx(48.1308, abs=1e-4)  # the known value of an error of 1
+
+
+def test_psnr_of_equal_images_is_finite() -> None:
+    assert psnr(grey(1), grey(1)) == metrics.MAX_PSNR
+
+
+def test_psnr_refuses_images_of_different_shapes() -> None:
+    with pytest.raises(ValueError, match="shapes"):
+        psnr(grey(1, 8, 9), grey(1, 9, 8))
+
+
+def test_ms_ssim_of_flat_images_is_the_luminance_term_of_the_coarsest_scale() -> None:
+    pytest.importorskip("pytorch_msssim")
+    c1 = (0.01 * 255) ** 2
+    luminance = (2 * 100 * 120 + c1) / (100**2 + 120**2 + c1)
+    assert metrics.ms_ssim(grey(100, 176, 192), grey(120, 176, 192)) == pytest.approx(luminance**0.1333, abs=2e-4)
+    assert metrics.ms_ssim(grey(100, 176, 161), grey(100, 176, 161)) == pytest.approx(1)
+
+
+def test_ms_ssim_of_a_small_image_is_none() -> None:
+    assert metrics.ms_ssim(grey(100, 176, 160), grey(100, 176, 160)) is None
+
+
+def test_bits_per_pixel_counts_the_whole_file() -> None:
+    assert metrics.bits_per_pixel(49152, 768 * 512) == 1
+
+
+# --- curves ---
+
+
+@pytest.mark.parametrize(
+    ("anchor", "test", "published"),
+    [
+        # JCTVC-E137, with the results of the spreadsheet's interpolation as in the tests of Netflix's vmaf.
+        (
+            Curve((18883.6928, 33905.6656, 61279.976, 108048.8736), (34.2911, 37.247, 40.3953, 43.6471)),
+            Curve((18910.912, 33928.7472, 61299.9936, 108061.2784), (34.3147, 37.2761, 40.4232, 43.6768)),
+            -0.465215420752807,
+        ),
+        (
+            Curve((1017.6184, 2394.488, 7622.7456, 40433.8848), (32.0603, 33.8977, 35.3756, 37.5761)),
+            Curve((1017.0984, 2390.0944, 7587.0024, 40370.12), (32.0822, 33.9194, 35.4025, 37.5982)),
+            -1.8779823450567612,
+        ),
+    ],
+)
+def test_bd_rate_equals_published_values(anchor: Curve, test: Curve, published: float) -> None:
+    assert bd_rate(anchor, test).percent == pytest.approx(published, abs=1e-6)
+
+
+CURVE = Curve((0.1, 0.2, 0.4, 0.8, 1.6), (28.0, 30.5, 33.0, 36.0, 39.0))
+
+
+def test_bd_rate_of_half_the_bits_is_minus_50_percent() -> None:
+    half = bd_rate(CURVE, Curve(tuple(x / 2 for x in CURVE.bpp), CURVE.psnr))
+    assert half.percent == pytest.approx(-50)
+    assert (half.low, half.high) == (28.0, 39.0)
+
+
+@pytest.mark.parametrize(
+    ("test", "reason"),
+    [
+        (Curve(CURVE.bpp, tuple(x + 10 for x in CURVE.psnr)), "share 1.00 dB, 5.50 are needed"),
+        (Curve(CURVE.bpp, tuple(x + 20 for x in CURVE.psnr)), "share 0.00 dB"),
+        (Curve(CURVE.bpp[:3], CURVE.psnr[:3]), "3 points, 4 are needed"),
+        (Curve(CURVE.bpp, (28.0, 30.5, 30.4, 36.0, 39.0)), "does not rise"),
+        (Curve((0.1, 0.2, 0.3, 0.4), (30.0, 30.3, 30.6, 30.9)), "share 0.90 dB, 2.00 are needed"),
+    ],
+)
+def test_bd_rate_gives_a_reason_instead_of_a_doubtful_number(test: Curve, reason: str) -> None:
+    found = bd_rate(CURVE, test)
+    assert found.percent is None
+    assert reason in found.reason
+
+
+def test_size_at_equal_psnr_is_interpolated_in_log_bpp() -> None:
+    anchor = Curve((0.1, 0.4), (30.0, 34.0))
+    assert relative_size(0.1, 32.0, anchor) == pytest.approx(50)  # half way between 0.1 and 0.4 is 0.2
+    assert relative_size(0.1, 29.9, anchor) is None
+    assert relative_size(0.1, 34.1, anchor) is None
+
+
+def test_published_curves_have_sources_and_rise() -> None:
+    entries = json.loads(rd.PUBLISHED.read_text("utf-8"))["curves"]
+    assert 4 <= len(entries) <= 6
+    for entry in entries:
+        assert entry["source"]
+        assert all(np.diff(entry["points"], axis=0).min(axis=0) > 0)
+
+
+# --- codecs ---
+
+
+@pytest.mark.parametrize("name", codecs.RIVALS)
+def test_every_rival_decodes_what_it_encodes_and_spends_bytes_on_quality(name: str) -> None:
+    (rival,), _ = codecs.available([name])
+    pixels = speed.pink_noise(70, 50)
+    files = [rival.encode(pixels, quality) for quality in (rival.qualities[1], rival.qualities[-1])]
+    scores = [psnr(pixels, rival.decode(file)) for file in files]
+    assert len(files[0]) < len(files[1])
+    assert scores[0] + 3 < scores[1]
+
+
+def test_a_rival_that_pillow_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.features.check", lambda feature: feature != "avif")
+    found, missing = codecs.available()
+    assert [rival.name for rival in found] == ["jpeg", "webp"]
+    assert set(missing) == {"avif-420", "avif-444"}
+
+
+# --- runs ---
+
+
+def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, told = tmp_path / "results" / "small", list[str]()
+    options: dict[str, Any] = {"weights": WEIGHTS, "qualities": (1.0, 3.0), "rivals": ("jpeg",), "tell": told.append}
+    result = rd.run(folder, output, published=True, **options)
+
+    assert json.loads(output.with_suffix(".json").read_text()) == result
+    assert result["corpus"]["images"] == 2
+    assert "truncated" in result["corpus"]["skipped"]["broken.png"]
+    assert told[2].startswith("broken.png: skipped")
+    jpeg_qualities = codecs.jpeg().qualities
+    assert len(result["rows"]) == 2 * (2 + len(jpeg_qualities))
+    assert [name for name, _ in itertools.groupby(row["image"] for row in result["rows"])] == ["a.png", "b.png"]
+
+    codec = Codec.load(WEIGHTS, device="cpu")
+    pixels = np.array(Image.open(folder / "a.png"))
+    data = codec.encode(pixels, 3)
+    row = next(row for row in result["rows"] if (row["codec"], row["quality"]) == ("vq2", 3))
+    assert (row["bytes"], row["bpp"]) == (len(data), 8 * len(data) / (50 * 70))
+    assert row["psnr"] == psnr(pixels, np.array(codec.decode(data)))
+    mean = next(row for row in result["means"] if (row["codec"], row["quality"]) == ("jpeg", 50))
+    both = [row["psnr"] for row in result["rows"] if (row["codec"], row["quality"]) == ("jpeg", 50)]
+    assert mean["psnr"] == pytest.approx(sum(both) / 2)
+
+    with output.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["psnr"]) for row in rows] == [row["psnr"] for row in result["rows"]]
+    assert output.with_name("small-mean.csv").exists()
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in output.with_suffix(".svg").read_text()
+
+    text = rd.table(result)
+    assert "skipped broken.png" in text
+    assert text.index("same mean PSNR") < text.index("BD-rate") < text.index("against VTM *")
+
+    measured = list[str]()
+    measure = rd.measure
+    monkeypatch.setattr(rd, "plot", lambda *args: None)
+
+    def noted(rival: codecs.Rival, *arguments: Any) -> rd.Row:
+        measured.append(rival.name)
+        return measure(rival, *arguments)
+
+    monkeypatch.setattr(rd, "measure", noted)
+    again = rd.run(folder, output, **options)
+    assert again["rows"] == result["rows"]
+    assert set(measured) == {"vq2"}
+    Image.fromarray(pixels[:, ::-1]).save(folder / "a.png")  # another picture of the same name
+    rd.run(folder, output, **options)
+    assert measured.count("jpeg") == len(jpeg_qualities)
+
+
+def test_rd_does_not_overwrite_another_result(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "speed.json").write_text('{"benchmark": "speed"}')
+    with pytest.raises(ValueError, match="not a result of rd"):
+        rd.run(folder, tmp_path / "speed", weights=WEIGHTS, rivals=())
+
+
+def test_entropy_accounts_for_every_byte(folder: Path, tmp_path: Path) -> None:
+    result = entropy.run(folder, tmp_path / "entropy", weights=WEIGHTS, qualities=(2.0,), tell=lambda line: None)
+    assert json.loads((tmp_path / "entropy.json").read_text()) == result
+    assert (result["corpus"]["images"], list(result["corpus"]["skipped"])) == (2, ["broken.png"])
+    (level,) = result["levels"]
+    assert level["file_bytes"] == level["payload_bytes"] + 2 * level["framing_bytes_per_image"]
+    assert level["framing_bytes_per_image"] <= 40
+    assert 0 < level["payload_bytes"] - level["ideal_bytes"] <= 2 * 2 * 12  # rANS rounds each payload up to words
+    grids = Codec.load(WEIGHTS).model.config.grids
+    for grid, found in zip(grids, level["grids"], strict=True):
+        cells = sum(-(-h // 16) * -(-w // 16) * (16 // grid.stride) ** 2 for h, w in ((64, 96), (70, 50)))
+        assert found["indices"] == cells * grid.groups
+        spent = sum(bits * cells for bits in found["bits_per_index"])
+        assert spent / 8 == pytest.approx(found["ideal_bytes"])
+        assert all(
+            1 <= p <= used <= grid.codes for p, used in zip(found["perplexity"], found["codes_used"], strict=True)
+        )
+    assert "skipped broken.png" in entropy.table(result)
+
+
+def test_perplexity_counts_equally_likely_codes() -> None:
+    tally = entropy.Tally(2, 8)
+    tally.usage[:] = [[5, 5, 5, 5, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 0]]
+    assert tally.perplexity() == pytest.approx([4, 1])
+
+
+def test_stages_add_up_to_the_whole() -> None:
+    codec = Codec.load(WEIGHTS, device="cpu")
+    seconds = speed.by_stage(lambda: codec.decode(codec.encode(speed.pink_noise(64, 48), 2)), repeat=1)
+    assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"])
+    assert all(seconds[stage] > 0 for stage in speed.STAGES)
+
+
+def test_a_stage_within_a_stage_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 1.0, 3.0, 10.0))  # the outer one starts, the inner one starts, ends, the outer one ends
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch = speed.Stopwatch()
+    watch.wrap("outer", watch.wrap("inner", lambda: None))()
+    assert watch.seconds == {"outer": 8.0, "inner": 2.0}
+
+
+def test_a_wrong_argument_is_one_line() -> None:
+    golden = Path(__file__).parent / "golden"  # has no images
+    ran = CliRunner().invoke(main, ["entropy", str(golden), "--weights", str(WEIGHTS)])
+    assert ran.exit_code == 1
+    assert ran.output.startswith("error: ")
+    assert ran.output.count("\n") == 1
