@@ -22,6 +22,17 @@ def numbers(kind: Callable[[str], float]) -> Parse:
     return parse
 
 
+def names(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """jpeg,webp"""
+    from benchmarks.codecs import RIVALS
+
+    chosen = None if value is None else tuple(value.split(","))
+    for name in chosen or ():
+        if name not in RIVALS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(RIVALS)}")
+    return chosen
+
+
 def sizes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
     """768x512"""
     pairs = [value.split("x") for value in values]
@@ -48,6 +59,7 @@ def main() -> None:
 @output_option
 @weights_option
 @qualities_option
+@click.option("--rivals", callback=names, help="Such as jpeg,webp; all by default.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--fresh", is_flag=True, help="Measure the rivals again, too.")
 @click.option("--published", is_flag=True, help="Add published curves; the images must be the Kodak set.")
@@ -55,6 +67,8 @@ def rd(folder: Path, output: Path | None, **options: Any) -> None:
     """Rate-distortion of vq2 and its rivals on the images of a folder."""
     from benchmarks import rd
 
+    if options["rivals"] is None:
+        del options["rivals"]
     _finish(rd.table, lambda: rd.run(folder, output or _default("rd", folder), tell=_tell, **options))
 
 
@@ -86,6 +100,22 @@ def entropy(folder: Path, output: Path | None, **options: Any) -> None:
         entropy.table,
         lambda: entropy.run(folder, output or _default("entropy", folder), tell=_tell, **options),
     )
+
+
+@main.command()
+@click.argument("image", type=file_type)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A PNG file.")
+@weights_option
+@click.option("--quality", default=3.0, show_default=True, help="Of the .vq2 file; JPEG and WebP get as many bytes.")
+@click.option("--crop", default="288x256+240+120", show_default=True, help="WxH+X+Y, the part that is shown.")
+def picture(image: Path, output: Path, weights: Path | None, quality: float, crop: str) -> None:
+    """The original, JPEG, WebP and vq2 side by side, at the same number of bytes."""
+    from benchmarks import picture
+
+    def run() -> dict[str, Any]:
+        return picture.run(image, output, weights=weights, quality=quality, crop=picture.parse_crop(crop))
+
+    _finish(picture.table, run)
 
 
 def _default(name: str, folder: Path) -> Path:

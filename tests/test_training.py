@@ -12,6 +12,7 @@ from make_golden import IMAGES
 from PIL import Image
 from tiny_model import TINY, WEIGHTS
 
+from bitstream.errors import WeightsError
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.quality import CONFIGS, PRODUCT
 from vqcodec.training import trainer
@@ -191,3 +192,9 @@ def test_the_product_stays_within_its_budget() -> None:
                 model.code_lengths(k, index, condition, level)
         counts["prior"] = counter.get_total_flops() / 2 / 256**2
     assert counts["encoder"] <= 100e3 and counts["decoder"] <= 60e3 and counts["prior"] <= 25e3, counts
+
+
+def test_a_run_of_another_configuration_is_not_resumed(images: Path, tmp_path: Path) -> None:
+    train(run(images, tmp_path / "r"), quiet)
+    with pytest.raises(WeightsError, match="another folder"):
+        train(run(images, tmp_path / "r", config=CONFIGS["vqvae2-paper"]), quiet)

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from bitstream import container, rans
-from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, Container, Header
-from bitstream.errors import DamagedError, DeviceError, ModelMismatchError
+from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
+from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.models.dyadic import LOGIT_BITS, tables
 from vqcodec.models.quantizer import Codebook
@@ -113,6 +113,8 @@ def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Pro
     model = codec.model
     number, rate_weight = codec.level_for(quality)
     height, width = picture.pixels.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise ImageError(f"the image has {width} x {height} pixels, the format holds up to {MAX_SIDE} a side")
     cells, stride = codec.cells(height, width), model.config.stride
     pad = (0, cells[0] * stride - height), (0, cells[1] * stride - width), (0, 0)
     pixels = torch.from_numpy(np.pad(picture.pixels, pad, "edge")).permute(2, 0, 1)[None]

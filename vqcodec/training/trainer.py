@@ -30,9 +30,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from bitstream.errors import WeightsError
 from vqcodec.models.vqvae import VQVAE, ModelConfig
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
+from vqcodec.weights import load_weights, save_weights
 
 Stage = Literal["vqvae", "prior", "joint"]
 
@@ -151,10 +153,9 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
 
     Writes to ``run.output``: ``checkpoint.pt`` (to resume from: same command), ``log.jsonl`` (loss, PSNR, bits per
     pixel, codebook use) and, at the end, ``model.safetensors``.
-    Raises FileNotFoundError without images, ValueError if no image is as large as a crop.
+    Raises FileNotFoundError without images, ImageError if one is damaged or none is as large as a crop, WeightsError
+    for weights or a checkpoint that do not fit.
     """
-    from vqcodec.weights import load_weights, save_weights
-
     if (run.steps is None) == (run.hours is None):
         raise ValueError("a run needs either steps or hours")
     with processes() as (rank, size, device):
@@ -173,10 +174,15 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         checkpoint = run.output / "checkpoint.pt"
         if checkpoint.exists():
             state = torch.load(checkpoint, map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            average.model.load_state_dict(state["average"])
-            for optim, saved in zip(optims, state["optimizers"], strict=True):
-                optim.load_state_dict(saved)
+            try:
+                model.load_state_dict(state["model"])
+                average.model.load_state_dict(state["average"])
+                for optim, saved in zip(optims, state["optimizers"], strict=True):
+                    optim.load_state_dict(saved)
+            except (RuntimeError, ValueError):
+                raise WeightsError(
+                    f"{checkpoint} belongs to a run of another configuration or stage: choose another folder"
+                ) from None
             step, elapsed = state["step"], state["elapsed"]
             report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
@@ -186,7 +192,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         )
         network: nn.Module = model
         if size > 1:
-            network = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+            network = DistributedDataParallel(model, broadcast_buffers=False)
         lambdas, weights = torch.tensor(run.config.lambdas), sample_weights(run.config)
         plain = not run.config.rate_constrained
         started = saved_at = time.monotonic()

@@ -1,0 +1,84 @@
+"""The README cannot lie: its commands run, its figures are those of the committed results."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from vqcodec.weights import SHIPPED, load_weights
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+OTTERS = ROOT / "tests" / "images" / "otters.png"
+KODAK = ROOT / "benchmarks" / "results" / "kodak-mean.csv"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the examples name, all of it small."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests" / "images").mkdir(parents=True)
+    photo = Image.open(OTTERS).crop((200, 100, 360, 228))
+    for name in ("photo.png", "photo.jpg", "tests/images/otters.png"):
+        photo.save(tmp_path / name)
+    return tmp_path
+
+
+def commands() -> list[list[str]]:
+    """The vqcodec commands of the README's shell blocks, but for training and pipes."""
+    lines = [part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")]
+    found = [shlex.split(line, comments=True) for line in lines if line.startswith("vqcodec") and "|" not in line]
+    return [words for words in found if words[1] != "train" and "--weights" not in words]
+
+
+def test_the_commands_of_the_readme_run(here: Path) -> None:
+    ran = commands()
+    assert {words[1] for words in ran} == {"encode", "decode", "info"}
+    for words in ran:
+        for out in ("photo.vq2", "small/photo.vq2"):  # made by one command and made again by the next
+            if words[1] == "encode" and "-f" not in words:
+                (here / out).unlink(missing_ok=True)
+        arguments = [str(p) for w in words[1:] for p in (sorted(here.glob(w)) if "*" in w else [w])]
+        if words[1] == "decode" and "photo.png" in words:
+            (here / "photo.png").unlink()
+        result = CliRunner().invoke(cli.main, arguments)
+        assert result.exit_code == 0, (words, result.output)
+
+
+def test_the_python_example_of_the_readme_runs(here: Path) -> None:
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_kodak_table_is_that_of_the_committed_results() -> None:
+    with open(KODAK, newline="") as file:
+        measured = {float(r["quality"]): r for r in csv.DictReader(file) if r["codec"] == "vq2"}
+    table = re.findall(r"^\| (\d) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert [int(quality) for quality, _, _ in table] == sorted(measured)
+    for quality, bpp, psnr in table:
+        row = measured[float(quality)]
+        assert (f"{float(row['bpp']):.3f}", f"{float(row['psnr']):.2f}") == (bpp, psnr)
+
+
+def test_the_shipped_weights_are_small_and_complete() -> None:
+    assert SHIPPED.stat().st_size <= 16_000_000
+    model = load_weights()
+    assert model.config.levels == 8
+    assert all(book.initialised for book in model.codebooks)
