@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 import click
 
 from bitstream.errors import VqcodecError
-from vqcodec import __version__
+from vqcodec import DEFAULT_QUALITY, __version__
 from vqcodec.files import write_atomically
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def main() -> None:
     "--quality",
     metavar="Q",
     type=click.FloatRange(1, 8),
-    default=5.0,
+    default=DEFAULT_QUALITY,
     help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
 )
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")

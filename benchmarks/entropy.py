@@ -13,6 +13,7 @@ import vqcodec.codec
 from benchmarks import corpus, machine
 from bitstream import container, rans
 from vqcodec import Codec
+from vqcodec.models.dyadic import tables
 from vqcodec.models.wavefront import Choose, Wave, fill_grid
 
 
@@ -50,9 +51,9 @@ def listening(tallies: list[Tally]) -> Iterator[None]:
 
 
 def _noting(tally: Tally, choose: Choose) -> Choose:
-    def noted(wave: Wave, group: int, table: Tensor) -> Tensor:
-        index = choose(wave, group, table)
-        tally.add(group, index, table)
+    def noted(wave: Wave, group: int, logits: Tensor) -> Tensor:
+        index = choose(wave, group, logits)
+        tally.add(group, index, tables(logits))
         return index
 
     return noted

@@ -101,7 +101,7 @@ def run(
     """Measure, and save OUTPUT.json. sizes: (width, height); the image's own, or DEFAULT_SIZES, if empty."""
     codec = Codec.load(weights, device="cpu")
     if quality is None:
-        quality = min(vqcodec.codec.DEFAULT_QUALITY, codec.model.config.levels)
+        quality = min(vqcodec.DEFAULT_QUALITY, codec.model.config.levels)
     source = None if image is None else _source(image)
     if source is not None:
         sizes = sizes or [(source.shape[1], source.shape[0])]

@@ -70,8 +70,8 @@ The version byte is the only extension mechanism: a new chunk type needs a new v
 
 4. Fingerprint and checksum
 
-The fingerprint is the first 8 bytes of the SHA-256 of the prior's weights and the codebooks: of all that must
-be equal to read the indices.
+The fingerprint is the first 8 bytes of the SHA-256 of the strides, the priors' weights and the codebooks, of all
+that must be equal to read the indices; `vqcodec.weights.fingerprint` says in which form.
 
 The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the decoded
 index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w). It covers what was decoded, not

@@ -20,6 +20,7 @@ from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitErr
 from vqcodec.codec import Codec, decode_indices
 from vqcodec.image import read
 from vqcodec.models import tiling
+from vqcodec.weights import load_weights, save_weights
 
 TABLE = [line.split() for line in (GOLDEN / "decode.txt").read_text().splitlines()]
 PHOTO = IMAGES / "photo.png"
@@ -61,6 +62,13 @@ from test_codec import GOLDEN, TABLE, WEIGHTS, Codec, index_crc
 codec = Codec.load(WEIGHTS, "cpu")
 for crc, name in TABLE:
     assert index_crc(codec, (GOLDEN / "decode" / name).read_bytes()) == crc, name
+# Sums as long and as large as they get, enough of them for every thread: the golden files' are short.
+from test_dyadic import integers_of, worst_case
+from vqcodec.models.dyadic import MAX_FAN_IN
+layer, x = worst_case(MAX_FAN_IN)
+x = x.repeat(200, 1)
+y = layer.at(torch.tensor(0))(x).double() * 2**15
+assert torch.equal(y.long(), integers_of(layer, x))
 """
 
 
@@ -77,6 +85,32 @@ def test_indices_are_the_same_in_float64(codec: Codec) -> None:
     double.model.double()
     for crc, name in TABLE:
         assert index_crc(double, (GOLDEN / "decode" / name).read_bytes()) == crc
+
+
+def test_an_autocast_of_the_caller_changes_nothing(codec: Codec) -> None:
+    image = Image.open(PHOTO)
+    expected = codec.encode(image, 2)
+    for narrow in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", narrow):
+            assert codec.encode(image, 2) == expected
+            assert codec.decode(expected).tobytes() == codec.decode(expected).tobytes()
+
+
+def test_a_model_codes_like_its_weights_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = load_weights(WEIGHTS)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 1e-3 * p.std())
+    data = Codec(model, "cpu").encode(Image.open(PHOTO), 2)
+    save_weights(model, tmp_path / "w.safetensors")
+    Codec.load(tmp_path / "w.safetensors", "cpu").decode(data)
+
+
+def test_sampled_images_are_reproducible_and_code_like_any_other(codec: Codec) -> None:
+    first, again, other = (codec.sample(50, 40, 2, seed=seed) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+    assert first.size == codec.decode(codec.encode(first, 2)).size == (50, 40)
 
 
 def test_every_single_bit_flip_of_a_file_is_refused(codec: Codec) -> None:
@@ -203,9 +237,10 @@ def test_tiles_give_the_picture_that_one_piece_gives(codec: Codec, monkeypatch: 
     assert abs(len(codec.encode(image, 2)) - len(data)) <= 8
 
 
-def test_progress_rises_to_one(codec: Codec) -> None:
+@pytest.mark.parametrize("size", [(96, 72), (8, 8), (16, 400)])
+def test_progress_rises_to_one(codec: Codec, size: tuple[int, int]) -> None:
     seen: list[float] = []
-    data = codec.encode(Image.open(PHOTO), 2, progress=seen.append)
+    data = codec.encode(Image.open(PHOTO).resize(size), 2, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 1.0
     seen.clear()
     codec.decode(data, progress=seen.append)

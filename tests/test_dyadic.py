@@ -76,18 +76,23 @@ def worst_case(fan_in: int) -> tuple[DyadicLinear, torch.Tensor]:
     with torch.no_grad():
         layer.weight.copy_(signs * 127 * 2.0**-10)
         layer.bias.fill_(1e9)
-    return layer, torch.full((5, fan_in), 127 * 2.0**-5)
+    return layer, torch.cat([torch.full((5, fan_in), 127 * 2.0**-5), dyadic.activation(random_sums(1, 50, fan_in))])
+
+
+def integers_of(layer: DyadicLinear, x: torch.Tensor) -> torch.Tensor:
+    """The sums in steps of 2**-15, in int64."""
+    with torch.no_grad():
+        weight, bias = layer.on_grid()
+    return (x.double() * 2**5).long() @ (weight.double() * 2**10).long().t() + (bias[0].double() * 2**15).long()
 
 
 @pytest.mark.parametrize("fan_in", [1, 640, dyadic.MAX_FAN_IN])
 def test_sums_are_exact_in_any_order_and_precision(fan_in: int) -> None:
     layer, x = worst_case(fan_in)
-    x = torch.cat([x, dyadic.activation(random_sums(1, 50, fan_in))])
+    integers = integers_of(layer, x)
     with torch.no_grad():
         y = layer.at(torch.tensor(0))(x)
         weight, bias = layer.on_grid()
-        integers = (x.double() * 2**5).long() @ (weight.double() * 2**10).long().t()
-        integers += (bias[0].double() * 2**15).long()
         assert integers.abs().max() < 2**24 - 2**16
         assert torch.equal((y.double() * 2**15).long(), integers)
         order = torch.randperm(fan_in)
@@ -115,6 +120,8 @@ def test_attention_is_exact_integer_arithmetic(seed: int) -> None:
         for c in range(5):
             total = sum(w * round(v[c] * 32) for w, (_, v) in zip(weights, keys, strict=True))
             assert result[row, c] * 32 == (2 * total + sum(weights)) // (2 * sum(weights))
+    order = torch.randperm(9)
+    assert torch.equal(attend(scores[:, order] * 32, values[order].double() * 32) / 32, result)
     smooth = attend_smoothly(scores, values)
     assert (smooth - result).abs().max() <= 2.0**-5
 

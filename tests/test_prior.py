@@ -1,13 +1,16 @@
+import random
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqcodec.models import dyadic
+from vqcodec.models import dyadic, pixelsnail
 from vqcodec.models.dyadic import frequencies
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.wavefront import Wave, fill_grid, step_count, waves
+from vqcodec.models.wavefront import Wave, fill_grid, waves
 
 GROUPS, DIM, CODES, LEVELS = 3, 4, 16, 2
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 21))
@@ -64,7 +67,7 @@ def test_waves_visit_every_cell_once_after_its_neighbours(h: int, w: int) -> Non
         for cell in cells:
             assert cell not in step_of
             step_of[cell] = wave.step
-    assert len(step_of) == h * w and max(step_of.values()) == step_count(h, w) - 1
+    assert len(step_of) == h * w and max(step_of.values()) == w + 2 * (h - 1) - 1
     for cell, step in step_of.items():
         i, j = divmod(cell, w)
         for a, b in ((i, j - 1), (i - 1, j - 1), (i - 1, j), (i - 1, j + 1)):
@@ -125,6 +128,22 @@ def test_grids_walked_as_one_batch_equal_grids_walked_alone() -> None:
     together = walk(prior, indices, vectors, 1, None)
     for k in range(3):
         assert torch.equal(walk(prior, indices[k : k + 1], vectors, 1, None), together[:, k : k + 1])
+
+
+def test_a_wave_computed_in_pieces_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = make_prior()
+    indices, vectors = make_grid(9, 1, 9, 14)
+    expected = walk(prior, indices, vectors, 1, None)
+    linear, rng = F.linear, random.Random(0)
+
+    def in_pieces(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Any split of the cells, and the inputs of each cell summed in two parts."""
+        cut, half = rng.randint(0, x.shape[-2]), rng.randint(0, x.shape[-1])
+        parts = [linear(p[..., half:], weight[:, half:], bias) for p in (x[..., :cut, :], x[..., cut:, :])]
+        return torch.cat(parts, -2) + linear(x[..., :half], weight[:, :half])
+
+    monkeypatch.setattr(pixelsnail.F, "linear", in_pieces)
+    assert torch.equal(walk(prior, indices, vectors, 1, None), expected)
 
 
 def test_tables_are_the_same_in_float64_and_under_every_precision_setting() -> None:

@@ -6,6 +6,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from bitstream.container import DEFAULT_MAX_PIXELS
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from PIL import Image
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Codec", "decode", "encode"]
+
+DEFAULT_QUALITY = 5.0
 
 _default: "dict[str, Codec]" = {}
 
@@ -36,12 +40,12 @@ def _codec(device: str) -> "Codec":
 
 
 def encode(
-    image: "Image.Image | ArrayLike", quality: float = 5.0, *, strip: bool = False, device: str = "auto"
+    image: "Image.Image | ArrayLike", quality: float = DEFAULT_QUALITY, *, strip: bool = False, device: str = "auto"
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
     return _codec(device).encode(image, quality, strip=strip)
 
 
-def decode(data: bytes, *, max_pixels: int = 2**28, device: str = "auto") -> "Image.Image":
+def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto") -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
     return _codec(device).decode(data, max_pixels=max_pixels)

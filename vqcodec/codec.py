@@ -1,6 +1,7 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from torch import Tensor
 from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
+from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.models.dyadic import LOGIT_BITS, tables
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import run_tiled
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.models.wavefront import Wave, fill_grid, step_count
-from vqcodec.weights import SHIPPED, fingerprint, load_weights
-
-DEFAULT_QUALITY = 5.0
+from vqcodec.models.wavefront import Wave, fill_grid
+from vqcodec.weights import SHIPPED, fingerprint, from_file, load_weights, to_file
 
 Progress = Callable[[float], None]
 
@@ -40,12 +40,14 @@ def pick_device(name: str) -> torch.device:
 class Codec:
     """A loaded model, for repeated use.
 
-    Guarantee: the indices read from a file are the same on every machine and device; pixels may differ by a grey
-    level between machines, because the decoder network is ordinary floating point.
+    Guarantee: the indices read from a file are the same on every machine and device. Pixels may differ in the last
+    bit between machines, and a little more on a GPU, because the decoder network is ordinary floating point.
     """
 
     def __init__(self, model: VQVAE, device: str = "auto") -> None:
         self.device = pick_device(device)
+        # Code with what a weights file holds of the model, so that its files can be read with it.
+        model.load_state_dict(from_file(to_file(model)))
         self.fingerprint = fingerprint(model)
         self.model = model.to(self.device).eval().requires_grad_(False)
 
@@ -80,6 +82,21 @@ class Codec:
         than ``max_pixels`` pixels.
         """
         return to_pil(decode_picture(self, data, max_pixels, progress))
+
+    def sample(self, width: int, height: int, quality: float = DEFAULT_QUALITY, *, seed: int = 0) -> Image.Image:
+        """Draw an image from the priors, by the walk that codes."""
+        number, _ = self.level_for(quality)
+        cells, level = self.cells(height, width), torch.tensor([number], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def draw(wave: Wave, group: int, logits: Tensor) -> Tensor:
+            return torch.multinomial(tables(logits[0]).double(), 1, generator=generator).t()
+
+        grids: list[Tensor] = []
+        with _exactly(self.device):
+            for k in range(len(self.model.priors)):
+                grids.append(_fill(self, k, cells, grids, level, draw))
+        return Image.fromarray(_decode_pixels(self, grids, level)[:height, :width])
 
     def level_for(self, quality: float) -> tuple[int, float]:
         """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there."""
@@ -123,10 +140,11 @@ def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Pro
     grids: list[Tensor] = []
     payloads: list[bytes] = []
     context: Tensor | None = None
-    with torch.inference_mode():
+    with _exactly(codec.device):
         features = codec.tiled(lambda x: model.analyse(x.float() / 255, level), cells, pixels)
         for k, book in enumerate(model.codebooks):
-            (z,) = codec.tiled(lambda f, c, k=k: [model.latent(k, f, c, level)], cells, features[k], context)
+            (z,) = codec.tiled(lambda f, c, k=k: [model.latent(k, f, c, level)], cells, features.pop(0), context)
+            context = None  # like the features, the largest of what is in memory
             walk = _Encoding(book, z.to(codec.device), rate_weight, tell)
             grid = _fill(codec, k, cells, grids, level, walk.choose)
             payloads.append(walk.payload())
@@ -148,15 +166,14 @@ def decode_picture(
     """The inverse of encode_picture, up to the loss. Raises BitstreamError."""
     parts = container.unpack(data, max_pixels=max_pixels)
     header = parts.header
-    grids = decode_indices(codec, parts, progress)
     alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
-    model, cells = codec.model, codec.cells(header.height, header.width)
+    grids = decode_indices(codec, parts, progress)
     level = torch.tensor([header.level - 1], device=codec.device)
-    with torch.inference_mode():
-        (x,) = codec.tiled(lambda *indices: [_pixels(model.decode(indices, level))], cells, *grids)
-    pixels = x[0, :, : header.height, : header.width].permute(1, 2, 0).contiguous().numpy()
+    pixels = _decode_pixels(codec, grids, level)[: header.height, : header.width]
     if header.colour in (ColourMode.GREY, ColourMode.GREY_ALPHA):
-        pixels = np.repeat(np.rint(pixels.mean(2, keepdims=True)).astype(np.uint8), 3, axis=2)
+        # The mean of the channels, rounded, in integers.
+        grey = (2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6
+        pixels = np.repeat(grey.astype(np.uint8), 3, axis=2)
     return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp)
 
 
@@ -177,7 +194,7 @@ def decode_indices(codec: Codec, parts: Container, progress: Progress | None = N
     level = torch.tensor([header.level - 1], device=codec.device)
     tell = _Steps(model, cells, progress)
     grids: list[Tensor] = []
-    with torch.inference_mode():
+    with _exactly(codec.device):
         for k, payload in enumerate(parts.grids):
             walk = _Decoding(payload, tell)
             grids.append(_fill(codec, k, cells, grids, level, walk.choose))
@@ -195,7 +212,7 @@ class _Encoding:
         self.intervals: list[NDArray[np.int32]] = []
 
     def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
-        self.tell(wave)
+        self.tell(logits.shape[1])
         # The logits lack their common share of log2 p, which does not change the choice.
         cost = F.linear(self.values[group, wave.cells], *self.affine[group])
         index = cost.add_(logits[0], alpha=self.rate_weight * 2.0**-LOGIT_BITS).argmax(-1, keepdim=True)
@@ -218,7 +235,7 @@ class _Decoding:
         self.coder, self.tell = rans.Decoder(payload), tell
 
     def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
-        self.tell(wave)
+        self.tell(logits.shape[1])
         return torch.from_numpy(self.coder.pop(tables(logits[0]).cpu().numpy()))[None].to(logits.device)
 
 
@@ -237,19 +254,34 @@ def _fill(
     return fill_grid(model.priors[k], book.activations(), shape, int(level), condition, choice)
 
 
-def _pixels(x: Tensor) -> Tensor:
-    return (x * 255).round_().clamp_(0, 255).to(torch.uint8)
+def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor) -> NDArray[np.uint8]:
+    """The image (H, W, 3) of index grids, padding included."""
+
+    def pixels(*indices: Tensor) -> list[Tensor]:
+        return [(codec.model.decode(indices, level) * 255).round_().clamp_(0, 255).to(torch.uint8)]
+
+    cells = (grids[0].shape[2], grids[0].shape[3])
+    with _exactly(codec.device):
+        (x,) = codec.tiled(pixels, cells, *grids)
+    return x[0].permute(1, 2, 0).contiguous().numpy()
+
+
+@contextmanager
+def _exactly(device: torch.device) -> Iterator[None]:
+    """Without gradients, and without an autocast that the caller may have set: it would narrow the prior's sums."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class _Steps:
-    """Tells a progress function how much of all walks is done."""
+    """Tells a progress function which part of the indices is coded."""
 
     def __init__(self, model: VQVAE, cells: tuple[int, int], progress: Progress | None) -> None:
-        ratios = [model.config.stride // grid.stride for grid in model.config.grids]
-        self.total = sum(step_count(cells[0] * r, cells[1] * r) for r in ratios)
-        self.progress, self.done, self.last = progress, 0, -1
+        grids = [(grid.groups, model.config.stride // grid.stride) for grid in model.config.grids]
+        self.total = sum(groups * cells[0] * ratio * cells[1] * ratio for groups, ratio in grids)
+        self.progress, self.done = progress, 0
 
-    def __call__(self, wave: Wave) -> None:
-        if wave.step != self.last and self.progress is not None:
-            self.last, self.done = wave.step, self.done + 1
-            self.progress(min(1.0, self.done / self.total))
+    def __call__(self, indices: int) -> None:
+        self.done += indices
+        if self.progress is not None:
+            self.progress(self.done / self.total)

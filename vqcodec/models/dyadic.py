@@ -18,6 +18,7 @@ numbers pass through them unchanged) make no difference. Rounding is ``floor(x /
 Training uses the same layers with straight-through gradients: the trained network *is* the exact network.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +30,11 @@ ACTIVATION_BITS, ACTIVATION_MAX = 5, 127
 STREAM_BITS, STREAM_MAX = 9, 2047
 LOGIT_BITS, LOGIT_MAX = 5, 2047
 WEIGHT_MAX = 127
-EXPONENT_MIN, EXPONENT_MAX = -14, -5  # below: half a step of any output is a whole number of steps of its sum
-BIAS_MAX = 2**19  # in steps of the accumulator
-MAX_FAN_IN = 1000  # 1000 * 127 * 127 + 2**19, plus half an output step, is below 2**24
+# A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
+# from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.
+EXPONENT_MIN, EXPONENT_MAX = -14, -5
+BIAS_MAX = 2**19  # in steps of the sum
+MAX_FAN_IN = 940  # 940 * 127**2 + 2**19 + 1,064,960 < 2**24
 
 TABLE_BITS = 20
 # Powers of two in steps of 1/32: POWERS[d] = floor(2**(20 - d/32) + 1/2) for the first octave, shifted right for
@@ -40,6 +43,11 @@ _OCTAVE = [int(2 ** (TABLE_BITS - f / 32) + 0.5) for f in range(32)]
 POWERS = torch.tensor([_OCTAVE[d % 32] >> (d // 32) for d in range(2 * LOGIT_MAX + 1)], dtype=torch.float64)
 
 Affine = Callable[[Tensor], Tensor]
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent for whole exponents in -126..127; exact on every device, as ``pow`` and ``ldexp`` need not be."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
 
 
 class _Snap(torch.autograd.Function):
@@ -94,8 +102,8 @@ def gated(x: Tensor) -> Tensor:
 class _SnapWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        exponent = weight_exponent(weight)
-        return torch.ldexp((torch.ldexp(weight, -exponent) + 0.5).floor_().clamp_(-WEIGHT_MAX, WEIGHT_MAX), exponent)
+        step = power_of_two(weight_exponent(weight))
+        return (weight / step + 0.5).floor_().clamp_(-WEIGHT_MAX, WEIGHT_MAX) * step
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -129,8 +137,8 @@ class DyadicLinear(nn.Module):
         """The weight (out, in) and the biases (levels, out) as the exact numbers that are used."""
         weight = _SnapWeight.apply(self.weight)
         # The bias has the step of the sums: the activation step times the weight step of its channel.
-        scale = weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS
-        return weight, torch.ldexp(snap(torch.ldexp(self.bias, -scale), 0, -BIAS_MAX, BIAS_MAX), scale)
+        step = power_of_two(weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS)
+        return weight, snap(self.bias / step, 0, -BIAS_MAX, BIAS_MAX) * step
 
     def at(self, level: Tensor) -> Affine:
         """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""
@@ -153,15 +161,20 @@ class DyadicLinear(nn.Module):
         or one per output): the factor and the half of the rounding are in the weight and the bias. Still exact.
         """
         weight, biases = self.on_grid()
-        factor = 2.0 ** torch.as_tensor(bits, dtype=weight.dtype, device=weight.device)
+        factor = power_of_two(torch.as_tensor(bits, device=weight.device))
         bias = biases[level if len(biases) > 1 else 0] * factor + 0.5
         weight = weight * factor.reshape(-1, 1) * 2.0**-ACTIVATION_BITS
         return weight.t().contiguous().t(), bias  # the layout in which a product with few rows is fastest
 
 
+@functools.cache
+def _powers(device: torch.device) -> Tensor:
+    return POWERS.to(device)
+
+
 def weights_of_two(distance: Tensor) -> Tensor:
     """2**-distance on the integer table: distance in 0 .. 2 * LOGIT_MAX steps held as floats; float64 whole numbers."""
-    return POWERS.to(distance.device).index_select(0, distance.int().flatten()).view_as(distance)
+    return _powers(distance.device).index_select(0, distance.int().flatten()).view_as(distance)
 
 
 def frequencies(logits: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ class PixelSNAIL(nn.Module):
     """Prior of one grid.
 
     groups, dim, codes: the grid's M, d and K. condition_dim: channels of the coarser grid's code activations, 0 for
-    the coarsest grid. levels: quality levels, each with its own biases.
+    the coarsest grid. levels: quality levels, each with its own biases but for the last
+    layers.
     """
 
     def __init__(
@@ -228,7 +229,8 @@ class Walk:
 
     def _keep(self, layer: int, wave: "Wave", x: Tensor | None) -> None:
         slot = self.rings[layer][wave.step % (HISTORY + 1)]
-        slot.zero_()  # rows that have ended must read as outside the grid
+        # Rows that have just ended must read as outside the grid; older ones are not read, later ones are still zero.
+        slot[:, max(0, wave.rows.start - HISTORY) + 1 : wave.rows.start + 1] = 0
         if x is not None:
             slot[:, wave.rows.start + 1 : wave.rows.stop + 1] = x
 
@@ -364,7 +366,8 @@ class AttentionWalk:
     def end(self, wave: "Wave", codes: Tensor | None) -> None:
         """Keys and values of the finished wave, codes (B, n, M * d) in steps; None for a step without cells."""
         slot = wave.step % ATTENTION_STEPS
-        self.absent[:, slot] = -torch.inf
+        ended = wave.rows.start + ATTENTION_ROWS - 1  # rows from here up held cells when the slot was last used
+        self.absent[max(0, ended - ATTENTION_STEPS) : ended, slot] = -torch.inf
         if codes is not None:
             rows = slice(wave.rows.start + ATTENTION_ROWS - 1, wave.rows.stop + ATTENTION_ROWS - 1)
             known = _clip(F.linear(torch.cat([self.x, codes], -1), *self.key_value).floor_())

@@ -80,12 +80,9 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
         """Codes from data: K latents of each group, z (M, B, n, d)."""
-        flat = self._gather(z.flatten(1, 2))
-        for g in range(self.groups):
-            pick = torch.randint(flat.shape[1], (self.codes,), device=z.device)
-            if flat.shape[1] >= self.codes:
-                pick = torch.randperm(flat.shape[1], device=z.device)[: self.codes]
-            self.vectors[g] = flat[g, pick]
+        for group, latents in zip(self.vectors, z.flatten(1, 2), strict=True):
+            order = torch.randperm(len(latents), device=z.device)
+            group.copy_(latents[order[torch.arange(self.codes) % len(latents)]])
         self._broadcast(self.vectors.data)
         self.count.fill_(1.0)
         self.total.copy_(self.vectors)
@@ -96,7 +93,8 @@ class Codebook(nn.Module):
 
         EMA with Laplace smoothing as in Sonnet: n_k <- (n_k + eps) / (n + K eps) * n; dead codes are re-seeded from z.
         """
-        flat = indices + (level[:, None] * self.groups + torch.arange(self.groups)[:, None, None]) * self.codes
+        groups = torch.arange(self.groups, device=z.device)
+        flat = indices + (level[:, None] * self.groups + groups[:, None, None]) * self.codes
         use = torch.bincount(flat.flatten(), minlength=self.usage.numel()).view_as(self.usage).float()
         sums = torch.zeros_like(self.total)
         for g in range(self.groups):
@@ -114,7 +112,7 @@ class Codebook(nn.Module):
         dead = self.count < DEAD * n / self.codes
         if dead.any():
             pick = torch.randint(z.shape[1] * z.shape[2], dead.shape, device=z.device)
-            fresh = z.flatten(1, 2)[torch.arange(self.groups)[:, None], pick]
+            fresh = z.flatten(1, 2)[groups[:, None], pick]
             self._broadcast(fresh)
             reborn = (REBIRTH * n / self.codes).expand_as(self.count)
             self.vectors[dead], self.count[dead] = fresh[dead], reborn[dead]
@@ -130,18 +128,13 @@ class Codebook(nn.Module):
         if dist.is_initialized():
             dist.broadcast(x, 0)
 
-    @staticmethod
-    def _gather(x: Tensor) -> Tensor:
-        return x
-
-
 def log2_softmax(logits: Tensor) -> Tensor:
     """log2 probabilities from logits in base 2."""
     return torch.log_softmax(logits * math.log(2), -1).mul_(1 / math.log(2))
 
 
 class _CodeLength(torch.autograd.Function):
-    """-log2 softmax(2**logits)[index] per row; its gradient in three passes over K, which is where the time goes."""
+    """-log2 of 2**logits[index] / sum(2**logits) per row; the gradient takes no more than three passes over K."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:

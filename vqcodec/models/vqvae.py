@@ -119,12 +119,11 @@ class Latent(nn.Module):
 
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, B), by the priors; penalty: (B,), commitment, codebook
-    and rate gradients, in bits; indices: one (B, M, h, w) per grid."""
+    and rate gradients, in bits."""
 
     x_hat: Tensor
     bits: Tensor
     penalty: Tensor
-    indices: list[Tensor]
 
 
 class VQVAE(nn.Module):
@@ -215,7 +214,6 @@ class VQVAE(nn.Module):
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate."""
         context: Tensor | None = None
         coarser: Tensor | None = None
-        indices: list[Tensor] = []
         bits, penalty = [], x.new_zeros(x.shape[0])
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, features, context, level)
@@ -225,9 +223,8 @@ class VQVAE(nn.Module):
             penalty = penalty + loss
             context = self.decode_grid(k, straight, context, level)
             coarser = index
-            indices.append(index)
         assert context is not None
-        return Output(context, torch.stack(bits), penalty, indices)
+        return Output(context, torch.stack(bits), penalty)
 
     def code_lengths(self, k: int, index: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
         """Bits of grid k, (B,), differentiable in the prior's parameters."""

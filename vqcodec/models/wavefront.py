@@ -22,13 +22,9 @@ class Wave(NamedTuple):
     cells: slice
 
 
-def step_count(h: int, w: int) -> int:
-    return w + 2 * (h - 1)
-
-
 def waves(h: int, w: int) -> Iterator[Wave]:
     """Every cell of an h x w grid exactly once, in coding order."""
-    for t in range(step_count(h, w)):
+    for t in range(w + 2 * (h - 1)):
         first, last = max(0, (t - w + 2) // 2), min(h - 1, t // 2)
         # (i, t - 2i) lies at t + i (w - 2): the cells of a step are evenly spaced.
         start, stride = t + first * (w - 2), max(1, w - 2)

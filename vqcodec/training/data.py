@@ -29,12 +29,13 @@ def find_images(folder: Path) -> list[Path]:
 class Cache:
     """All images of a folder as uint8 RGB in one file, mapped into memory: crops cost no decoding.
 
-    The cache is made once, next to nothing else: ``cache / <hash of names and sizes>.{bin,npy}``.
+    Made once: ``cache / KEY.bin`` with the pixels and ``KEY.npy`` with the shapes; KEY hashes paths, sizes and times.
     """
 
     def __init__(self, folder: Path, cache: Path) -> None:
         paths = find_images(folder)
-        key = hashlib.sha256(repr([(p.name, p.stat().st_size) for p in paths]).encode()).hexdigest()[:16]
+        files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+        key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         data, index = cache / f"{key}.bin", cache / f"{key}.npy"
         if not index.exists():
             cache.mkdir(parents=True, exist_ok=True)

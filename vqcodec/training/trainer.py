@@ -13,6 +13,7 @@ Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (l
 gives every level a like share: the optimal loss grows about as the square root of lambda.
 """
 
+import copy
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,8 +103,7 @@ class Average:
     """EMA of a model's parameters and buffers, in a model of its own."""
 
     def __init__(self, model: VQVAE) -> None:
-        self.model = VQVAE(model.config).requires_grad_(False).eval()
-        self.model.load_state_dict(model.state_dict())
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, model: VQVAE, step: int) -> None:
@@ -125,6 +125,8 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
     if "RANK" not in os.environ:
         yield 0, 1, device
         return
+    if cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield dist.get_rank(), dist.get_world_size(), device
@@ -152,7 +154,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     """Train and return the averaged model.
 
     Writes to ``run.output``: ``checkpoint.pt`` (to resume from: same command), ``log.jsonl`` (loss, PSNR, bits per
-    pixel, codebook use) and, at the end, ``model.safetensors``.
+    pixel, codebook use) and, at the end, ``model.safetensors``; beside it, in ``cache``, the decoded images.
     Raises FileNotFoundError without images, ImageError if one is damaged or none is as large as a crop, WeightsError
     for weights or a checkpoint that do not fit.
     """
@@ -161,6 +163,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     with processes() as (rank, size, device):
         seed_everything(run.seed)
         model = (load_weights(run.start) if run.start else VQVAE(run.config)).to(device)
+        config = model.config
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         model.requires_grad_(True)
         for book in model.codebooks:
@@ -171,21 +174,26 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         base = [group["lr"] for optim in optims for group in optim.param_groups]
         average, step, elapsed = Average(model), 0, 0.0
         run.output.mkdir(parents=True, exist_ok=True)
-        checkpoint = run.output / "checkpoint.pt"
+        checkpoint, log = run.output / "checkpoint.pt", run.output / "log.jsonl"
+        identity = json.dumps({"stage": run.stage, **asdict(model.config)})
         if checkpoint.exists():
             state = torch.load(checkpoint, map_location=device, weights_only=True)
-            try:
-                model.load_state_dict(state["model"])
-                average.model.load_state_dict(state["average"])
-                for optim, saved in zip(optims, state["optimizers"], strict=True):
-                    optim.load_state_dict(saved)
-            except (RuntimeError, ValueError):
+            if state["run"] != identity:
                 raise WeightsError(
                     f"{checkpoint} belongs to a run of another configuration or stage: choose another folder"
-                ) from None
+                )
+            model.load_state_dict(state["model"])
+            average.model.load_state_dict(state["average"])
+            for optim, saved in zip(optims, state["optimizers"], strict=True):
+                optim.load_state_dict(saved)
             step, elapsed = state["step"], state["elapsed"]
+            forget_rows(log, step)
             report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
+        if rank == 0:
+            Cache(run.images, run.output.parent / "cache")
+        if size > 1:
+            dist.barrier()
         cache = Cache(run.images, run.output.parent / "cache")
         loader = DataLoader(
             Crops(cache, run.crop, run.seed + size * step + rank), run.batch, num_workers=1, prefetch_factor=4
@@ -193,15 +201,14 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         network: nn.Module = model
         if size > 1:
             network = DistributedDataParallel(model, broadcast_buffers=False)
-        lambdas, weights = torch.tensor(run.config.lambdas), sample_weights(run.config)
-        plain = not run.config.rate_constrained
+        lambdas, weights = torch.tensor(config.lambdas), sample_weights(config)
         started = saved_at = time.monotonic()
-        sums: dict[str, float] = {}
+        sums: list[tuple[float, float, float]] = []
         for x in loader:
             spent = elapsed + time.monotonic() - started
             progress = step / run.steps if run.steps is not None else spent / 3600 / (run.hours or 1.0)
             if size > 1:  # processes agree on when to stop
-                shared = torch.tensor(progress)
+                shared = torch.tensor(progress, device=device)
                 dist.broadcast(shared, 0)
                 progress = shared.item()
             if progress >= 1:
@@ -210,13 +217,13 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
             x = x.to(device).contiguous(memory_format=torch.channels_last)
-            level = levels_for(len(x), run.config.levels)
+            level = levels_for(len(x), config.levels)
             with torch.autocast(device.type, torch.bfloat16):
-                out = network(x, level.to(device), rate_weight(run.stage, progress, run.config))
+                out = network(x, level.to(device), rate_weight(run.stage, progress, config))
             mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
             # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
-            scale = 1.0 if plain else lambdas[level].to(device) * 255**2
+            scale = lambdas[level].to(device) * 255**2 if config.rate_constrained else 1.0
             loss = (weights[level].to(device) * (scale * mse + bpp + out.penalty / x[0, 0].numel())).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
@@ -228,29 +235,29 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                 optim.step()
             average.update(model, step)
             step += 1
-            for key, value in {"loss": loss, "mse": mse.mean(), "bpp": bpp.mean()}.items():
-                sums[key] = sums.get(key, 0.0) + value.item() / run.log_steps
+            sums.append((loss.item(), mse.mean().item(), bpp.mean().item()))
             if step % run.log_steps == 0:
                 if rank == 0:
                     row = summary(model, step, spent, sums, mse, bpp, level)
-                    with open(run.output / "log.jsonl", "a") as log:
-                        log.write(json.dumps(row) + "\n")
+                    with open(log, "a") as file:
+                        file.write(json.dumps(row) + "\n")
                     report(" ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, list)))
-                sums = {}
+                sums = []
             if rank == 0 and time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
                 saved_at = time.monotonic()
-                save_checkpoint(checkpoint, state_of(model, average, optims, step, spent))
+                save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
         if rank == 0:
             spent = elapsed + time.monotonic() - started
-            save_checkpoint(checkpoint, state_of(model, average, optims, step, spent))
+            save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
             save_weights(average.model, run.output / "model.safetensors")
     return average.model
 
 
 def state_of(
-    model: VQVAE, average: Average, optims: list[torch.optim.Optimizer], step: int, elapsed: float
+    identity: str, model: VQVAE, average: Average, optims: list[torch.optim.Optimizer], step: int, elapsed: float
 ) -> dict[str, Any]:
     return {
+        "run": identity,
         "model": model.state_dict(),
         "average": average.model.state_dict(),
         "optimizers": [o.state_dict() for o in optims],
@@ -259,18 +266,32 @@ def state_of(
     }
 
 
+def forget_rows(log: Path, step: int) -> None:
+    """Drop the rows after a step, which a resumed run writes again."""
+    if log.exists():
+        rows = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        log.write_text("".join(rows))
+
+
 def summary(
-    model: VQVAE, step: int, spent: float, sums: dict[str, float], mse: Tensor, bpp: Tensor, level: Tensor
+    model: VQVAE,
+    step: int,
+    spent: float,
+    sums: list[tuple[float, float, float]],
+    mse: Tensor,
+    bpp: Tensor,
+    level: Tensor,
 ) -> dict[str, Any]:
     """A row of the log: means since the last row, the last batch by level, codes in use per grid."""
     used = [round(2 ** float(perplexity_bits(book.count)), 1) for book in model.codebooks]
     order = level.argsort()
+    loss, mean_mse, mean_bpp = (sum(column) / len(column) for column in zip(*sums, strict=True))
     return {
         "step": step,
         "hours": round(spent / 3600, 3),
-        "loss": round(sums["loss"], 4),
-        "psnr": round(-10 * math.log10(sums["mse"]), 2),
-        "bpp": round(sums["bpp"], 4),
+        "loss": round(loss, 4),
+        "psnr": round(-10 * math.log10(mean_mse), 2),
+        "bpp": round(mean_bpp, 4),
         "perplexity": ",".join(map(str, used)),
         "level_psnr": [round(v, 2) for v in (-10 * mse[order].log10()).tolist()],
         "level_bpp": [round(v, 3) for v in bpp[order].tolist()],
