@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqcodec.models import dyadic, pixelsnail
 from vqcodec.models.dyadic import frequencies
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
+from vqcodec.models.pixelsnail import LevelPrior, PixelSNAIL, PriorConfig
 from vqcodec.models.wavefront import Wave, fill_grid, waves
 
 GROUPS, DIM, CODES, LEVELS = 3, 4, 16, 2
@@ -53,7 +53,7 @@ def walk(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condit
         tables[group][:, wave.cells] = dyadic.tables(logits)
         return flat[:, group, wave.cells]
 
-    assert torch.equal(fill_grid(prior, vectors, (b, h, w), level, condition, told), indices)
+    assert torch.equal(fill_grid(LevelPrior(prior, vectors, level), (b, h, w), condition, told), indices)
     return tables
 
 

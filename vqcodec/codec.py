@@ -18,6 +18,7 @@ from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatc
 from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.models.dyadic import LOGIT_BITS, tables
+from vqcodec.models.pixelsnail import LevelPrior
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import run_tiled
 from vqcodec.models.vqvae import VQVAE
@@ -50,6 +51,7 @@ class Codec:
         model.load_state_dict(from_file(to_file(model)))
         self.fingerprint = fingerprint(model)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        self._priors: dict[tuple[int, int], LevelPrior] = {}
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str = "auto") -> "Codec":
@@ -108,6 +110,12 @@ class Codec:
         level = min(int(quality + 0.5), len(lambdas)) - 1
         wanted = np.exp(np.interp(quality - 1, np.arange(len(lambdas)), np.log(lambdas)))
         return level, lambdas[level] / float(wanted)
+
+    def prior(self, k: int, level: int) -> LevelPrior:
+        """The prior of grid k at a level (from 0); kept, because making it ready takes as long as a small image."""
+        if (k, level) not in self._priors:
+            self._priors[k, level] = LevelPrior(self.model.priors[k], self.model.codebooks[k].activations(), level)
+        return self._priors[k, level]
 
     def cells(self, height: int, width: int) -> tuple[int, int]:
         """Size of the coarsest grid."""
@@ -250,8 +258,7 @@ def _fill(
         condition = found.to(codec.device).permute(0, 2, 3, 1)
     ratio = model.config.stride // model.config.grids[k].stride
     shape = (1, cells[0] * ratio, cells[1] * ratio)
-    book = model.codebooks[k]
-    return fill_grid(model.priors[k], book.activations(), shape, int(level), condition, choice)
+    return fill_grid(codec.prior(k, int(level)), shape, condition, choice)
 
 
 def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor) -> NDArray[np.uint8]:

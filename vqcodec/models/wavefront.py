@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqcodec.models.pixelsnail import PixelSNAIL, Walk
+from vqcodec.models.pixelsnail import LevelPrior, Walk
 
 
 class Wave(NamedTuple):
@@ -36,24 +36,18 @@ Choose = Callable[[Wave, int, Tensor], Tensor]
 
 @torch.no_grad()
 def fill_grid(
-    prior: PixelSNAIL,
-    vectors: Tensor,
-    shape: tuple[int, int, int],
-    level: int,
-    condition: Tensor | None,
-    choose: Choose,
+    prior: LevelPrior, shape: tuple[int, int, int], condition: Tensor | None, choose: Choose
 ) -> Tensor:
     """Fill a batch of grids, (B, h, w) = shape; returns the indices (B, M, h, w), int64.
 
-    vectors: (M, K, d), the code activations. condition: (B, h, w, C) stream values from the coarser grid, None for the
-    coarsest.
+    condition: (B, h, w, C) stream values from the coarser grid, None for the coarsest.
     choose: called in coding order, wave by wave and group by group, with the wave, the group and the logits (B, n, K)
     of its n cells in whole steps (``dyadic.tables`` makes coding tables of them); returns the indices (B, n). The
     encoder chooses and notes, the decoder pops, the sampler draws.
     """
     b, h, w = shape
-    walk = Walk(prior, vectors, shape, level)
-    grid = torch.empty(b, prior.groups, h * w, dtype=torch.long, device=vectors.device)
+    walk = Walk(prior, shape)
+    grid = torch.empty(b, prior.groups, h * w, dtype=torch.long, device=prior.vectors.device)
     flat = None if condition is None else condition.reshape(b, h * w, -1)
     for wave in waves(h, w):
         if wave.rows.start == wave.rows.stop:  # one column wide: every other step is empty
