@@ -120,11 +120,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from bitstream.errors import DamagedError, LimitError, NotVq2Error, UnsupportedVersionError
+
+if TYPE_CHECKING:  # `vqcodec info` does without numpy
+    from numpy.typing import NDArray
 
 MAGIC = b"\xf6VQ2"
 VERSION = 1
@@ -243,7 +244,7 @@ def unpack(data: bytes | bytearray | memoryview, *, max_pixels: int = DEFAULT_MA
         raise DamagedError(f"{error}: the file is damaged") from None
 
 
-def checksum(header: Header, grids: Sequence[NDArray[Any]]) -> int:
+def checksum(header: Header, grids: "Sequence[NDArray[Any]]") -> int:
     """CRC-32 of the header and the decoded index grids.
 
     grids: coarsest first, each (M, h, w), of any integer dtype.  ValueError if an index is not in 0..65535.
@@ -256,7 +257,7 @@ def checksum(header: Header, grids: Sequence[NDArray[Any]]) -> int:
     return crc
 
 
-def verify(container: Container, grids: Sequence[NDArray[Any]]) -> None:
+def verify(container: Container, grids: "Sequence[NDArray[Any]]") -> None:
     """Raise DamagedError unless `grids`, as in `checksum`, are the indices that the file was made from."""
     computed = checksum(container.header, grids)
     if computed != container.checksum:

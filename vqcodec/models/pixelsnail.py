@@ -355,7 +355,7 @@ class AttentionWalk:
         b, h, _ = shape
         self.layer, size = layer, (h + ATTENTION_ROWS - 1, ATTENTION_STEPS)
         self.keys = like.new_zeros(b, layer.heads, *size, layer.head_channels)
-        self.values = self.keys.double()  # what the exact sums need
+        self.values = torch.zeros_like(self.keys, dtype=torch.float64)  # what the exact sums need
         # Minus infinity where a slot holds no cell of the grid and window.
         self.absent = like.new_full(size, -torch.inf)
         self.x = torch.empty(0)
