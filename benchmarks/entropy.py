@@ -7,14 +7,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 import vqcodec.codec
 from benchmarks import corpus, machine
 from bitstream import container, rans
 from vqcodec import Codec
-from vqcodec.models.dyadic import tables
-from vqcodec.models.wavefront import Choose, Wave, fill_grid
+from vqcodec.models.wavefront import Choose, Floats, Indices, Wave, coding_tables, fill_grid
 
 
 class Tally:
@@ -25,11 +24,10 @@ class Tally:
         self.usage = np.zeros((groups, codes), np.int64)
         self.payload = 0
 
-    def add(self, group: int, index: Tensor, table: Tensor) -> None:
-        """index: (B, n); table: (B, n, K)."""
-        chosen = table.gather(-1, index[..., None]).cpu().numpy()
-        self.bits[group] += rans.bits(chosen)
-        self.usage[group] += np.bincount(index.flatten().cpu().numpy(), minlength=self.usage.shape[1])
+    def add(self, group: int, index: Indices, table: NDArray[np.int32]) -> None:
+        """index: (n,); table: (n, K)."""
+        self.bits[group] += rans.bits(np.take_along_axis(table, index[:, None], 1))
+        self.usage[group] += np.bincount(index, minlength=self.usage.shape[1])
 
     def perplexity(self) -> Any:
         """2 to the entropy of the use of codes, per group: (M,)."""
@@ -42,18 +40,18 @@ def listening(tallies: list[Tally]) -> Iterator[None]:
     """Counts, from outside, what the codec chooses in each grid, coarsest first; one image at a time."""
     waiting = iter(tallies)
 
-    def fill(*arguments: Any) -> Tensor:
-        choose = _noting(next(waiting), arguments[-1])
-        return fill_grid(*arguments[:-1], choose)  # type: ignore[call-arg]
+    def fill(*arguments: Any) -> NDArray[np.int16]:
+        prior, shape, condition, choose = arguments
+        return fill_grid(prior, shape, condition, _noting(next(waiting), choose))
 
     with mock.patch.object(vqcodec.codec, "fill_grid", fill):
         yield
 
 
 def _noting(tally: Tally, choose: Choose) -> Choose:
-    def noted(wave: Wave, group: int, logits: Tensor) -> Tensor:
+    def noted(wave: Wave, group: int, logits: Floats) -> Indices:
         index = choose(wave, group, logits)
-        tally.add(group, index, tables(logits))
+        tally.add(group, index, coding_tables(logits))
         return index
 
     return noted

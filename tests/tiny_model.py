@@ -16,12 +16,12 @@ TINY = ModelConfig(
     name="tiny",
     lambdas=(0.002, 0.01, 0.05),
     channels=(16, 24, 24),
-    decoder_channels=(16, 24, 24),
     blocks=1,
     grids=(
         GridConfig(16, groups=2, dim=2, codes=16, prior=PriorConfig(16, blocks=2, hidden=16, heads=2, head_channels=8)),
         GridConfig(8, groups=3, dim=3, codes=32, prior=PriorConfig(16, blocks=2, hidden=16)),
     ),
+    linear_path=True,
 )
 
 

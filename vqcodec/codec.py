@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
@@ -17,12 +16,12 @@ from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Contai
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
-from vqcodec.models.dyadic import LOGIT_BITS, tables
-from vqcodec.models.pixelsnail import LevelPrior
+from vqcodec.models import kernels
+from vqcodec.models.dyadic import LOGIT_BITS, STREAM_BITS
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import run_tiled
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.models.wavefront import Wave, fill_grid
+from vqcodec.models.wavefront import Choose, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
 from vqcodec.weights import SHIPPED, fingerprint, from_file, load_weights, to_file
 
 Progress = Callable[[float], None]
@@ -89,10 +88,11 @@ class Codec:
         """Draw an image from the priors, by the walk that codes."""
         number, _ = self.level_for(quality)
         cells, level = self.cells(height, width), torch.tensor([number], device=self.device)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = np.random.default_rng(seed)
 
-        def draw(wave: Wave, group: int, logits: Tensor) -> Tensor:
-            return torch.multinomial(tables(logits[0]).double(), 1, generator=generator).t()
+        def draw(wave: Wave, group: int, logits: Floats) -> Indices:
+            ends = coding_tables(logits).cumsum(1)
+            return (generator.integers(ends[:, -1:], size=(len(ends), 1)) >= ends).sum(1)
 
         grids: list[Tensor] = []
         with _exactly(self.device):
@@ -153,7 +153,7 @@ def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Pro
         for k, book in enumerate(model.codebooks):
             (z,) = codec.tiled(lambda f, c, k=k: [model.latent(k, f, c, level)], cells, features.pop(0), context)
             context = None  # like the features, the largest of what is in memory
-            walk = _Encoding(book, z.to(codec.device), rate_weight, tell)
+            walk = _Encoding(book, z, rate_weight, tell)
             grid = _fill(codec, k, cells, grids, level, walk.choose)
             payloads.append(walk.payload())
             if k + 1 < len(model.codebooks):
@@ -161,7 +161,7 @@ def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Pro
                 (context,) = codec.tiled(lambda q, c, k=k: [model.decode_grid(k, q, c, level)], cells, codes, context)
             grids.append(grid)
     header = Header(number + 1, width, height, picture.colour, codec.fingerprint)
-    checksum = container.checksum(header, [grid[0].cpu().numpy() for grid in grids])
+    checksum = container.checksum(header, [grid[0].numpy() for grid in grids])
     alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
     return container.pack(
         Container(header, checksum, tuple(payloads), alpha, picture.icc, picture.exif, picture.xmp)
@@ -207,7 +207,7 @@ def decode_indices(codec: Codec, parts: Container, progress: Progress | None = N
             walk = _Decoding(payload, tell)
             grids.append(_fill(codec, k, cells, grids, level, walk.choose))
             walk.coder.finish()
-    container.verify(parts, [grid[0].cpu().numpy() for grid in grids])
+    container.verify(parts, [grid[0].numpy() for grid in grids])
     return grids
 
 
@@ -215,24 +215,26 @@ class _Encoding:
     """The encoder's part in a walk: the index of least distance + rate, its interval noted for the coder."""
 
     def __init__(self, book: Codebook, z: Tensor, rate_weight: float, tell: "_Steps") -> None:
-        self.values, self.affine = book.split(z)[:, 0], [book.affine(g) for g in range(book.groups)]
-        self.rate_weight, self.tell = rate_weight, tell
+        self.values = book.split(z)[:, 0].cpu().contiguous().numpy()
+        self.vectors = book.vectors.detach().cpu().numpy()
+        self.norms = np.square(self.vectors).sum(-1)
+        self.bits_per_step, self.tell = rate_weight * 2.0**-LOGIT_BITS, tell
         self.intervals: list[NDArray[np.int32]] = []
 
-    def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
-        self.tell(logits.shape[1])
+    def choose(self, wave: Wave, group: int, logits: Floats) -> Indices:
+        n = len(logits)
+        self.tell(n)
+        index, interval = np.empty(n, np.int64), np.empty((2, n), np.int32)
+        latents = np.ascontiguousarray(self.values[group, wave.cells])
         # The logits lack their common share of log2 p, which does not change the choice.
-        cost = F.linear(self.values[group, wave.cells], *self.affine[group])
-        index = cost.add_(logits[0], alpha=self.rate_weight * 2.0**-LOGIT_BITS).argmax(-1, keepdim=True)
-        table = tables(logits[0])
-        interval = torch.cat([table.cumsum(-1, dtype=torch.int32).gather(-1, index), table.gather(-1, index)], -1)
-        self.intervals.append(interval.t().cpu().numpy())
-        return index.t()
+        kernels.choose(latents, self.vectors[group], self.norms[group], logits, self.bits_per_step, index)
+        kernels.intervals(coding_tables(logits), index, interval)
+        self.intervals.append(interval)
+        return index
 
     def payload(self) -> bytes:
         coder = rans.Encoder()
-        end, size = np.concatenate(self.intervals, 1)
-        coder.push(end - size, size)
+        coder.push(*np.concatenate(self.intervals, 1))
         return coder.finish()
 
 
@@ -242,23 +244,27 @@ class _Decoding:
     def __init__(self, payload: bytes, tell: "_Steps") -> None:
         self.coder, self.tell = rans.Decoder(payload), tell
 
-    def choose(self, wave: Wave, group: int, logits: Tensor) -> Tensor:
-        self.tell(logits.shape[1])
-        return torch.from_numpy(self.coder.pop(tables(logits[0]).cpu().numpy()))[None].to(logits.device)
+    def choose(self, wave: Wave, group: int, logits: Floats) -> Indices:
+        self.tell(len(logits))
+        return self.coder.pop(coding_tables(logits))
 
 
 def _fill(
-    codec: Codec, k: int, cells: tuple[int, int], grids: list[Tensor], level: Tensor, choice: Callable[..., Tensor]
+    codec: Codec, k: int, cells: tuple[int, int], grids: Sequence[Tensor], level: Tensor, choose: Choose
 ) -> Tensor:
-    """Walk grid k with the condition that the coarser grids give."""
+    """Walk grid k with the condition that the coarser grids give: (1, M, h, w) int16."""
     model, condition = codec.model, None
     if k:
 
-        (found,) = codec.tiled(lambda i: [model.condition(k, i, level).permute(0, 3, 1, 2)], cells, grids[k - 1])
-        condition = found.to(codec.device).permute(0, 2, 3, 1)
+        def steps(indices: Tensor) -> list[Tensor]:
+            found = model.condition(k, indices, level) * 2**STREAM_BITS
+            return [found.to(torch.int16).permute(0, 3, 1, 2)]
+
+        (found,) = codec.tiled(steps, cells, grids[k - 1])
+        condition = found[0].permute(1, 2, 0).flatten(0, 1).contiguous().numpy()
     ratio = model.config.stride // model.config.grids[k].stride
-    shape = (1, cells[0] * ratio, cells[1] * ratio)
-    return fill_grid(codec.prior(k, int(level)), shape, condition, choice)
+    shape = (cells[0] * ratio, cells[1] * ratio)
+    return torch.from_numpy(fill_grid(codec.prior(k, int(level)), shape, condition, choose))[None]
 
 
 def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor) -> NDArray[np.uint8]:

@@ -9,13 +9,13 @@ LAMBDAS = tuple(round(0.001 * 1.8**k, 5) for k in range(8))
 PRODUCT = ModelConfig(
     name="vqcodec",
     lambdas=LAMBDAS,
-    channels=(96, 160, 192),
-    decoder_channels=(80, 160, 192),
+    channels=(96, 160, 160),
     blocks=2,
     grids=(
         GridConfig(16, groups=4, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
-        GridConfig(8, groups=12, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64)),
+        GridConfig(8, groups=12, dim=4, codes=256, prior=PriorConfig(128, blocks=3, hidden=96)),
     ),
+    linear_path=True,
 )
 
 
@@ -25,7 +25,6 @@ def _paper(name: str, strides: tuple[int, ...]) -> ModelConfig:
         name=name,
         lambdas=(0.0,),
         channels=(128,) * len(strides),
-        decoder_channels=(128,) * len(strides),
         blocks=2,
         grids=tuple(
             GridConfig(stride, groups=1, dim=64, codes=512, prior=PriorConfig(128, 4, hidden=128, heads=0 if k else 4))

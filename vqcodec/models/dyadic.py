@@ -52,28 +52,36 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 class _Snap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int, low: int, high: int) -> Tensor:
-        y = (x * 2.0**bits).add_(0.5).floor_()
-        ctx.save_for_backward((y >= low) & (y <= high))
-        return y.clamp_(low, high).mul_(2.0**-bits)
+    def forward(ctx: Any, x: Tensor, bits: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        y = _snap(x, bits, low, high).to(dtype)
+        ctx.save_for_backward(y)
+        ctx.range = low * 2.0**-bits, high * 2.0**-bits
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None
+        (y,) = ctx.saved_tensors
+        low, high = ctx.range
+        return gradient * ((y > low) & (y < high)), None, None, None, None
 
 
-def snap(x: Tensor, bits: int, low: int, high: int) -> Tensor:
-    """Round to steps of 2**-bits and clip to [low, high] steps; the gradient passes where nothing was clipped."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Snap.apply(x, bits, low, high)
+def _snap(x: Tensor, bits: int, low: int, high: int) -> Tensor:
     return (x * 2.0**bits).add_(0.5).floor_().clamp_(low, high).mul_(2.0**-bits)
+
+
+def snap(x: Tensor, bits: int, low: int, high: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Round to steps of 2**-bits and clip to [low, high] steps; the gradient passes inside of the limits."""
+    dtype = dtype or x.dtype
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Snap.apply(x, bits, low, high, dtype)
+    return _snap(x, bits, low, high).to(dtype)
 
 
 def activation(x: Tensor, low: int = -ACTIVATION_MAX) -> Tensor:
     """Under autocast in its narrow type, which holds activations exactly: what follows moves half the bytes."""
-    y = snap(x, ACTIVATION_BITS, low, ACTIVATION_MAX)
-    return y.to(torch.get_autocast_dtype(y.device.type)) if torch.is_autocast_enabled(y.device.type) else y
+    device = x.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return snap(x, ACTIVATION_BITS, low, ACTIVATION_MAX, narrow)
 
 
 def relu(x: Tensor) -> Tensor:
@@ -155,16 +163,15 @@ class DyadicLinear(nn.Module):
         return affine
 
     def in_steps(self, level: int, bits: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias (out) for coding, where all numbers are whole steps.
+        """Weight (in, out) and bias (out) for coding, where all numbers are whole steps, on the CPU.
 
-        For activations x in steps, floor(x @ weight.T + bias) are the sums rounded to steps of 2**-bits (one number,
-        or one per output): the factor and the half of the rounding are in the weight and the bias. Still exact.
+        For activations x in steps, floor(x @ weight + bias) are the sums rounded to steps of 2**-bits (one number, or
+        one per output): the factor and the half of the rounding are in the weight and the bias. Still exact.
         """
-        weight, biases = self.on_grid()
-        factor = power_of_two(torch.as_tensor(bits, device=weight.device))
+        weight, biases = (x.detach().float().cpu() for x in self.on_grid())
+        factor = power_of_two(torch.as_tensor(bits))
         bias = biases[level if len(biases) > 1 else 0] * factor + 0.5
-        weight = weight * factor.reshape(-1, 1) * 2.0**-ACTIVATION_BITS
-        return weight.t().contiguous().t(), bias  # the layout in which a product with few rows is fastest
+        return (weight * factor.reshape(-1, 1) * 2.0**-ACTIVATION_BITS).t().contiguous(), bias
 
 
 @functools.cache
@@ -181,14 +188,11 @@ def frequencies(logits: Tensor) -> Tensor:
     """Integer coding tables from the prior's logits.
 
     logits: (..., K) exact sums.  Returns (..., K) int32, rows sum to 2**20, every entry >= 1.
-    Guarantee: the same on every device. Every number is a whole number below 2**53; the one division is correctly
-    rounded, and its quotient is further from the next whole number than that rounding can move it.
+    Guarantee: the same on every device, and the same as ``kernels.tables``. Every number is a whole number below 2**53;
+    the one division is correctly rounded, and its quotient is further from the next whole number than that rounding
+    can move it.
     """
-    return tables(logit(logits) * 2.0**LOGIT_BITS)
-
-
-def tables(steps: Tensor) -> Tensor:
-    """The same from logits in whole steps."""
+    steps = logit(logits) * 2.0**LOGIT_BITS
     weights = weights_of_two(steps.amax(-1, keepdim=True) - steps)
     total = weights.sum(-1, keepdim=True)
     table = weights.mul_(2**TABLE_BITS - steps.shape[-1]).div_(total).floor_().add_(1)

@@ -2,8 +2,9 @@
 
 Source: Razavi et al., "Generating Diverse High-Fidelity Images with VQ-VAE-2" (2019). The encoder halves the
 resolution stage by stage; the coarsest grid is quantized first, and each finer one is computed from its own stage
-and the decoded coarser grids. Ours adds: product groups in a cell, the choice of indices by distance plus rate, and
-quality levels (gains per channel in every stage).
+and the decoded coarser grids. Ours adds: product groups in a cell, the choice of indices by distance plus rate,
+quality levels (gains per channel in every stage), and a linear path beside the networks that starts as a DCT: with it a
+model begins as a plain transform codec and spends its training on what is better than that.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqcodec.models import Modules
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.quantizer import COMMITMENT, Codebook, Learning, choose, code_length, log2_softmax, rate_gradient
+from vqcodec.models.quantizer import COMMITMENT, Codebook, Learning, choose, code_length, rate_gradient
+from vqcodec.models.transform import block_basis
 
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
+SPREAD = 4.0  # on the linear path coefficients are this many times larger, of the order of the features
+QUIET = 0.1  # factor on the first weights of what is added to the linear path
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,17 @@ class ModelConfig:
     """A model.
 
     lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
-    rate, (0.0,), is the plain VQ-VAE. channels: encoder width per stage, strides 4, 8, 16, ...; decoder_channels:
-    the same for the decoder; blocks: residual blocks per stage of either. grids: coarsest first.
+    rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
+    blocks: residual blocks per stage of either. grids: coarsest first. linear_path: a linear transform of pixel blocks
+    runs beside the networks.
     """
 
     name: str
     lambdas: tuple[float, ...]
     channels: tuple[int, ...]
-    decoder_channels: tuple[int, ...]
     blocks: int
     grids: tuple[GridConfig, ...]
+    linear_path: bool = False
     codebook: Learning = "ema"
 
     @property
@@ -79,10 +85,9 @@ class ResBlock(nn.Module):
         self.a = nn.Conv2d(channels, channels, 3, padding=1)
         self.b = nn.Conv2d(channels, channels, 3, padding=1)
         self.b.weight.data *= 0.3
-        self.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(self.act(self.a(self.act(x))))
+        return x + self.b(F.relu(self.a(F.relu(x))))
 
 
 class Stage(nn.Module):
@@ -98,28 +103,30 @@ class Stage(nn.Module):
 
 
 class Latent(nn.Module):
-    """Projection to and from the latents of a grid, with gains per level that start at the square root of lambda:
-    distances are then in bits at every level."""
+    """Latents of a grid: a projection of the features, plus the linear path, in units in which distances are bits.
+
+    An error d in a coefficient of an orthonormal transform costs lambda 255^2 d^2 / 3 bits per cell: the gain of a
+    level starts as the root of that. Without rate it starts as a spread comparable to the distance between codes.
+    """
 
     def __init__(self, channels: int, width: int, lambdas: tuple[float, ...]) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, width, 1)
-        middle = lambdas[len(lambdas) // 2] or 1.0
-        gain = torch.tensor([(value or middle) / middle for value in lambdas]).log() / 2
+        gain = torch.tensor([255 * (value / 3) ** 0.5 / SPREAD or SPREAD for value in lambdas]).log()
         self.log_gain = nn.Parameter(gain[:, None].repeat(1, width))
         self.log_inverse = nn.Parameter(-gain[:, None].repeat(1, width))
 
-    def encode(self, x: Tensor, level: Tensor) -> Tensor:
-        # The latents start with a spread comparable to the distance between codes.
-        return 4 * self.project(x).float() * self.log_gain[level].exp()[:, :, None, None]
+    def encode(self, features: Tensor, linear: Tensor | None, level: Tensor) -> Tensor:
+        y = self.project(features).float()
+        return (y if linear is None else y + linear.float()) * self.log_gain[level].exp()[:, :, None, None]
 
     def decode(self, codes: Tensor, level: Tensor) -> Tensor:
-        return 0.25 * codes * self.log_inverse[level].exp()[:, :, None, None]
+        return codes * self.log_inverse[level].exp()[:, :, None, None]
 
 
 class Output(NamedTuple):
-    """What training needs. x_hat: (B, 3, H, W); bits: (grids, B), by the priors; penalty: (B,), commitment, codebook
-    and rate gradients, in bits."""
+    """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
+    penalty: (B,), commitment, codebook and rate gradients, in bits."""
 
     x_hat: Tensor
     bits: Tensor
@@ -132,15 +139,14 @@ class VQVAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        levels, blocks = config.levels, config.blocks
-        enc, dec = config.channels, config.decoder_channels
-        strides = [STEM * 2**k for k in range(len(enc))]
-        if len(dec) != len(enc) or strides[-1] != config.stride:
+        levels, blocks, widths = config.levels, config.blocks, config.channels
+        strides = [STEM * 2**k for k in range(len(widths))]
+        if strides[-1] != config.stride:
             raise ValueError(f"{config.name}: stages of stride {strides}, coarsest grid of stride {config.stride}")
         self.strides = strides
-        self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, enc[0], 3, padding=1))
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(enc, enc[1:], strict=False))
-        self.analysis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in enc)
+        self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.analysis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
 
         self.latents: Modules[Latent] = Modules()
         self.merge = nn.ModuleList()
@@ -148,60 +154,105 @@ class VQVAE(nn.Module):
         self.priors: Modules[PixelSNAIL] = Modules()
         self.join = nn.ModuleDict()
         for k, grid in enumerate(config.grids):
-            stage, width = strides.index(grid.stride), grid.groups * grid.dim
-            self.latents.append(Latent(enc[stage], width, config.lambdas))
-            self.merge.append(
-                nn.Sequential(nn.Conv2d(enc[stage] + dec[stage], enc[stage], 1), ResBlock(enc[stage]))
-                if k
-                else nn.Identity()
-            )
+            c, width = widths[strides.index(grid.stride)], grid.groups * grid.dim
+            self.latents.append(Latent(c, width, config.lambdas))
+            self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), ResBlock(c)) if k else nn.Identity())
             self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, config.codebook))
             above = config.grids[k - 1].groups * config.grids[k - 1].dim if k else 0
             self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, grid.codes, above, levels))
-            self.join[str(grid.stride)] = nn.Conv2d(width + (dec[stage] if k else 0), dec[stage], 3, padding=1)
-        self.synthesis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in dec)
+            self.join[str(grid.stride)] = nn.Conv2d(width + (c if k else 0), c, 3, padding=1)
+        self.synthesis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
         self.up = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in zip(dec, dec[1:], strict=False)
+            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:], strict=False)
         )
-        self.tail = nn.Sequential(nn.Conv2d(dec[0], 3 * STEM**2, 3, padding=1), nn.PixelShuffle(STEM))
+        self.tail = nn.Sequential(nn.Conv2d(widths[0], 3 * STEM**2, 3, padding=1), nn.PixelShuffle(STEM))
+        if config.linear_path:
+            self._lay_linear_path()
+
+    def _lay_linear_path(self) -> None:
+        """Coefficients of pixel blocks, added to every grid's latents; what the coarser grids let expect of the
+        finest grid's coefficients, taken off and added back; from the coefficients to pixels."""
+        finest = self.config.grids[-1]
+        width = finest.groups * finest.dim
+        self.coefficients = nn.ModuleList()
+        for grid, latent in zip(self.config.grids, self.latents, strict=True):
+            layer = nn.Conv2d(3, grid.groups * grid.dim, grid.stride, grid.stride, bias=False)
+            basis = block_basis(grid.stride, grid.groups, grid.dim)
+            layer.weight.data.copy_(SPREAD * basis)
+            self.coefficients.append(layer)
+            latent.project.weight.data *= QUIET
+        self.expect = nn.Conv2d(self.config.channels[self.strides.index(finest.stride)], width, 1)
+        self.expect.weight.data *= QUIET
+        self.pixels = nn.ConvTranspose2d(width, 3, finest.stride, finest.stride, bias=False)
+        self.pixels.weight.data.copy_(basis / SPREAD)
+        next(self.tail.parameters()).data *= QUIET
 
     # The journey of an image. x: (B, 3, H, W) in 0..1, sides multiples of config.stride; level: (B,).
 
     def analyse(self, x: Tensor, level: Tensor) -> list[Tensor]:
-        """Features of each grid's stage, coarsest first: (B, C, H / stride, W / stride)."""
+        """What the latents of each grid are made of, coarsest first: (B, C, H / stride, W / stride), features of the
+        grid's stage and, with a linear path, M * d coefficients."""
         y, found = self.stem(x - 0.5), {}
         for k, stage in enumerate(self.analysis):
             y = stage(y if k == 0 else self.down[k - 1](y), level)
             found[self.strides[k]] = y
-        return [found[grid.stride] for grid in self.config.grids]
+        features = [found[grid.stride] for grid in self.config.grids]
+        if not self.config.linear_path:
+            return features
+        return [
+            torch.cat([y, layer(x - 0.5)], 1) for y, layer in zip(features, self.coefficients, strict=True)
+        ]
 
     def latent(self, k: int, features: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
-        """Latents z (B, M * d, h, w) of grid k from its features and the decoded coarser grids."""
+        """Latents z (B, M * d, h, w) of grid k from what ``analyse`` found and the decoded coarser grids."""
+        grid, linear = self.config.grids[k], None
+        if self.config.linear_path:
+            features, linear = features.split([features.shape[1] - grid.groups * grid.dim, grid.groups * grid.dim], 1)
         if context is not None:
             features = self.merge[k](torch.cat([features, context], 1))
-        return self.latents[k].encode(features, level)
+            if linear is not None and self._finest(k):
+                linear = linear - self.expect(context)
+        return self.latents[k].encode(features, linear, level)
 
     def decode_grid(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Decode grid k: code vectors (B, M * d, h, w) and the context from coarser grids -> the context of the next
         finer grid (B, C, h', w'); after the finest grid, the image (B, 3, H, W)."""
-        grids = self.config.grids
         y = self.latents[k].decode(codes, level)
-        y = self.join[str(grids[k].stride)](y if context is None else torch.cat([y, context], 1))
-        stage = self.strides.index(grids[k].stride)
-        last = self.strides.index(grids[k + 1].stride) + 1 if k + 1 < len(grids) else 0
+        on_path = self.config.linear_path and self._finest(k)
+        if on_path and context is not None:
+            y = y + self.expect(context)
+        linear = self.pixels(y) if on_path else None
+        y = self.join[str(self.config.grids[k].stride)](y if context is None else torch.cat([y, context], 1))
+        stage = self.strides.index(self.config.grids[k].stride)
+        last = 0 if self._finest(k) else self.strides.index(self.config.grids[k + 1].stride) + 1
         y = self.synthesis[stage](y, level)
         for s in range(stage - 1, last - 1, -1):
             y = self.synthesis[s](self.up[s](y), level)
-        return self.up[last - 1](y) if last else self.tail(y).float() + 0.5
+        if last:
+            return self.up[last - 1](y)
+        y = self.tail(y).float() + 0.5
+        return y if linear is None else y + linear.float()
+
+    def _finest(self, k: int) -> bool:
+        return k == len(self.config.grids) - 1
 
     def decode(self, indices: Sequence[Tensor], level: Tensor) -> Tensor:
-        """Index grids (B, M, h, w), coarsest first -> image (B, 3, H, W)."""
+        """Index grids (B, M, h, w), coarsest first -> image (B, 3, H, W). Without the finer grids: a preview."""
         context = None
-        for k, (book, index) in enumerate(zip(self.codebooks, indices, strict=True)):
-            codes = book.lookup(index, book.vectors).permute(0, 3, 1, 2)
+        for k, book in enumerate(self.codebooks):
+            if k < len(indices):
+                codes = book.lookup(indices[k], book.vectors).permute(0, 3, 1, 2)
+            else:
+                codes = self.absent(k, indices[0])
             context = self.decode_grid(k, codes, context, level)
         assert context is not None
         return context
+
+    def absent(self, k: int, coarsest: Tensor) -> Tensor:
+        """What stands for the code vectors of grid k where they are not known: zeros (B, M * d, h, w)."""
+        grid, (b, _, h, w) = self.config.grids[k], coarsest.shape
+        ratio = self.config.stride // grid.stride
+        return self.codebooks[k].vectors.new_zeros(b, grid.groups * grid.dim, h * ratio, w * ratio)
 
     def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
         """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
@@ -209,18 +260,26 @@ class VQVAE(nn.Module):
         assert stack is not None
         return stack(book.lookup(indices, book.activations()), level)
 
-    def forward(self, x: Tensor, level: Tensor, rate_weight: float) -> Output:
+    def forward(self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
-        marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate."""
+        marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
+        dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone.
+
+        The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
+        backward pass is the dearest part of a step.
+        """
         context: Tensor | None = None
         coarser: Tensor | None = None
+        n = (len(x) + 1) // 2
         bits, penalty = [], x.new_zeros(x.shape[0])
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, features, context, level)
             condition = None if coarser is None else self.condition(k, coarser, level)
-            index, straight, loss = self._quantize(k, z, condition, level, rate_weight)
-            bits.append(self.code_lengths(k, index, condition, level))
+            index, straight, loss = self._quantize(k, z, condition, level, rate_weight, n)
+            bits.append(self.code_lengths(k, index[:n], None if condition is None else condition[:n], level[:n]))
             penalty = penalty + loss
+            if k and dropped is not None:
+                straight = straight * ~dropped[:, None, None, None]
             context = self.decode_grid(k, straight, context, level)
             coarser = index
         assert context is not None
@@ -234,9 +293,10 @@ class VQVAE(nn.Module):
         return torch.stack(lengths).sum(0)
 
     def _quantize(
-        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float
+        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float, n: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,)."""
+        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,); the
+        gradient of the rate comes from the first n samples and counts for all."""
         book = self.codebooks[k]
         b, _, h, w = z.shape
         v = book.split(z)
@@ -253,10 +313,10 @@ class VQVAE(nn.Module):
                 logits = self.priors[k](book.lookup(guess, book.activations()), level, condition)
             with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
                 for g, row in enumerate(logits):
-                    log2_p = log2_softmax(row.flatten(1, 2))
+                    log2_p = row.flatten(1, 2).float()  # up to a constant per cell, which changes nothing here
                     cost = book.closeness(values[g], g)
                     chosen[g] = choose(cost, log2_p, rate_weight)
-                    gradient[g] = rate_gradient(cost, log2_p, book.vectors[g])
+                    gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
         index = torch.stack(chosen)
         e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
         penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))

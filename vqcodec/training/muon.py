@@ -13,16 +13,16 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
 
 
-def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the closest matrix with orthonormal rows or columns, (m, n) -> (m, n): singular values go to about 1."""
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the closest matrices with orthonormal rows or columns, (..., m, n): singular values go to about 1."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.bfloat16()
-    x = x.t() if matrix.shape[0] > matrix.shape[1] else x
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        y = x @ x.t()
+        y = x @ x.mT
         x = a * x + (b * y + c * y @ y) @ x
-    return (x.t() if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,6 +34,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -41,5 +42,9 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 average = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                update = orthogonalise(p.grad.add(average, alpha=group["momentum"]).flatten(1))
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+                update = p.grad.add(average, alpha=group["momentum"]).flatten(1)
+                alike.setdefault((update.shape[0], update.shape[1]), []).append((p, update))
+            for shape, pairs in alike.items():
+                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

@@ -3,14 +3,15 @@
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
 =========  ====================================  =================================
-vqvae      everything                            0 to 1 over the first quarter
+vqvae      everything                            0 to 1 over the first steps
 prior      the priors, on the codes of a fixed   1
            encoder
 joint      everything, from trained weights      1
 =========  ====================================  =================================
 
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
-gives every level a like share: the optimal loss grows about as the square root of lambda.
+gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
+from the coarsest grid alone, so that the decoder can show a preview.
 """
 
 import copy
@@ -43,7 +44,9 @@ MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 WARM_UP = 300  # steps
 DECAY = 0.4  # the last part of the run, in which the learning rate falls to FLOOR of its value
 FLOOR = 0.02
-RAMP = (0.05, 0.25)  # part of the run in which the rate weight rises from 0 to 1
+RAMP = (100, 1100)  # steps between which the rate weight rises from 0 to 1
+DROPPED = 0.04  # share of samples without the finer grids
+DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 AVERAGE = 0.999  # EMA of the weights
 CLIP = 1.0
 
@@ -72,11 +75,11 @@ def learning_rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
 
 
-def rate_weight(stage: Stage, progress: float, config: ModelConfig) -> float:
+def rate_weight(stage: Stage, step: int, config: ModelConfig) -> float:
     if not config.rate_constrained:
         return 0.0
     low, high = RAMP
-    return min(1.0, max(0.0, (progress - low) / (high - low))) if stage == "vqvae" else 1.0
+    return min(1.0, max(0.0, (step - low) / (high - low))) if stage == "vqvae" else 1.0
 
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -108,13 +111,12 @@ class Average:
     @torch.no_grad()
     def update(self, model: VQVAE, step: int) -> None:
         decay = min(AVERAGE, (1 + step) / (10 + step))
-        named = zip(self.model.state_dict().items(), model.state_dict().values(), strict=True)
-        for (name, mean), value in named:
-            # Codebooks are averages already, and a re-seeded code must not crawl to its place.
-            if name.startswith("codebooks."):
-                mean.copy_(value)
-            else:
-                mean.lerp_(value, 1 - decay)
+        means, values = self.model.state_dict(), model.state_dict()
+        # Codebooks are averages already, and a re-seeded code must not crawl to its place.
+        books = [name for name in means if name.startswith("codebooks.")]
+        for name in books:
+            means.pop(name).copy_(values.pop(name))
+        torch._foreach_lerp_(list(means.values()), list(values.values()), 1 - decay)
 
 
 @contextmanager
@@ -201,7 +203,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         network: nn.Module = model
         if size > 1:
             network = DistributedDataParallel(model, broadcast_buffers=False)
-        lambdas, weights = torch.tensor(config.lambdas), sample_weights(config)
+        lambdas, weights = torch.tensor(config.lambdas, device=device), sample_weights(config).to(device)
         started = saved_at = time.monotonic()
         sums: list[tuple[float, float, float]] = []
         for x in loader:
@@ -217,14 +219,17 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
             x = x.to(device).contiguous(memory_format=torch.channels_last)
-            level = levels_for(len(x), config.levels)
+            level = levels_for(len(x), config.levels).to(device)
+            dropped = torch.rand(len(x), device=device) < DROPPED
             with torch.autocast(device.type, torch.bfloat16):
-                out = network(x, level.to(device), rate_weight(run.stage, progress, config))
+                out = network(x, level, rate_weight(run.stage, step, config), dropped)
             mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
             # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
-            scale = lambdas[level].to(device) * 255**2 if config.rate_constrained else 1.0
-            loss = (weights[level].to(device) * (scale * mse + bpp + out.penalty / x[0, 0].numel())).mean()
+            scale = lambdas[level] * 255**2 if config.rate_constrained else 1.0
+            distortion = scale * mse * torch.where(dropped, DROPPED_WEIGHT, 1.0)
+            loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
+            loss = loss + (weights[level[: len(bpp)]] * bpp).mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
             for optim in optims:
@@ -235,7 +240,8 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                 optim.step()
             average.update(model, step)
             step += 1
-            sums.append((loss.item(), mse.mean().item(), bpp.mean().item()))
+            whole = mse[~dropped] if not dropped.all() else mse
+            sums.append((loss.item(), whole.mean().item(), bpp.mean().item()))
             if step % run.log_steps == 0:
                 if rank == 0:
                     row = summary(model, step, spent, sums, mse, bpp, level)
@@ -282,7 +288,8 @@ def summary(
     bpp: Tensor,
     level: Tensor,
 ) -> dict[str, Any]:
-    """A row of the log: means since the last row, the last batch by level, codes in use per grid."""
+    """A row of the log: means since the last row, the last batch by level (the first half of it for the bits), codes in
+    use per grid."""
     used = [round(2 ** float(perplexity_bits(book.count)), 1) for book in model.codebooks]
     order = level.argsort()
     loss, mean_mse, mean_bpp = (sum(column) / len(column) for column in zip(*sums, strict=True))
@@ -294,7 +301,7 @@ def summary(
         "bpp": round(mean_bpp, 4),
         "perplexity": ",".join(map(str, used)),
         "level_psnr": [round(v, 2) for v in (-10 * mse[order].log10()).tolist()],
-        "level_bpp": [round(v, 3) for v in bpp[order].tolist()],
+        "level_bpp": [round(v, 3) for v in bpp[level[: len(bpp)].argsort()].tolist()],
     }
 
 

@@ -28,7 +28,7 @@ FORMAT = "vqcodec-1"
 
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     grids = tuple(GridConfig(**{**g, "prior": PriorConfig(**g["prior"])}) for g in fields["grids"])
-    tuples = {key: tuple(fields[key]) for key in ("lambdas", "channels", "decoder_channels")}
+    tuples = {key: tuple(fields[key]) for key in ("lambdas", "channels")}
     return ModelConfig(**{**fields, **tuples, "grids": grids})
 
 
