@@ -1,7 +1,9 @@
 """The command line of the benchmarks, and the only file of them that prints."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +65,46 @@ def main() -> None:
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--fresh", is_flag=True, help="Measure the rivals again, too.")
 @click.option("--published", is_flag=True, help="Add published curves; the images must be the Kodak set.")
-def rd(folder: Path, output: Path | None, **options: Any) -> None:
+@click.option("--html/--no-html", default=True, help="Write NAME.html, too; default: do.")
+def rd(folder: Path, output: Path | None, html: bool, **options: Any) -> None:
     """Rate-distortion of vq2 and its rivals on the images of a folder."""
-    from benchmarks import rd
+    from benchmarks import rd, report
 
     if options["rivals"] is None:
         del options["rivals"]
-    _finish(rd.table, lambda: rd.run(folder, output or _default("rd", folder), tell=_tell, **options))
+    output = output or _default("rd", folder)
+
+    def run() -> dict[str, Any]:
+        with _bar() as (tell, step):
+            result = rd.run(folder, output, tell=tell, step=step, **options)
+            if html:
+                report.run(folder, output, weights=options["weights"], tell=tell)
+        return result
+
+    _finish(rd.table, run)
+
+
+@main.command()
+@folder_argument
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="results/NAME of rd.")
+@weights_option
+@click.option("--quality", default=3.0, show_default=True, help="Of the .vq2 files; the rivals get as many bytes.")
+@click.option("--crops", default=3, show_default=True, type=click.IntRange(0), help="Images to show.")
+def report(folder: Path, output: Path, **options: Any) -> None:
+    """Write NAME.html again, from NAME.json of rd, and speed.json if that is beside it."""
+    from benchmarks import report
+
+    _finish(report.table, lambda: report.run(folder, output, tell=_tell, **options))
 
 
 @main.command()
 @output_option
 @weights_option
-@click.option("--size", "sizes", multiple=True, callback=sizes, help="WxH; 768x512 and 4000x3000 by default.")
+@click.option("--size", "sizes", multiple=True, callback=sizes, help="WxH; by default 768x512, 4000x3000, 8688x5792.")
 @click.option("--threads", default="1", show_default=True, callback=numbers(int), help="Such as 1,2.")
+@click.option("--device", "devices", multiple=True, type=click.Choice(("cpu", "cuda")), help="All by default.")
+@click.option("--rivals", callback=names, help="Such as jpeg,webp; all but the 4:4:4 ones by default.")
+@click.option("--compressai", type=file_type, help="The Python of an environment with CompressAI.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--quality", type=float, help="5, or the model's best, by default.")
 @click.option("--image", type=file_type, help="Instead of 1/f noise.")
@@ -84,7 +112,27 @@ def speed(output: Path | None, **options: Any) -> None:
     """Time by stage and peak memory of encoding and decoding."""
     from benchmarks import speed
 
+    if options["rivals"] is None:
+        del options["rivals"]
     _finish(speed.table, lambda: speed.run(output or Path("results", "speed"), tell=_tell, **options))
+
+
+@main.command()
+@folder_argument
+@output_option
+@weights_option
+@qualities_option
+@click.option(
+    "--prior", "priors", multiple=True, type=file_type, help="Weights with the same codebooks and another prior."
+)
+def ablate(folder: Path, output: Path | None, **options: Any) -> None:
+    """What the rate-constrained choice and each part of the prior buy."""
+    from benchmarks import ablate
+
+    _finish(
+        ablate.table,
+        lambda: ablate.run(folder, output or _default("ablate", folder), tell=_tell, **options),
+    )
 
 
 @main.command()
@@ -120,6 +168,23 @@ def picture(image: Path, output: Path, weights: Path | None, quality: float, cro
 
 def _default(name: str, folder: Path) -> Path:
     return Path("results", f"{name}-{folder.resolve().name}")
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """A progress bar on a terminal: a function to tell a line, and one to tell how many are done of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), "images, left", TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def step(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield (partial(console.print, markup=False) if console.is_terminal else _tell), step
 
 
 def _tell(line: str) -> None:

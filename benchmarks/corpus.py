@@ -61,3 +61,21 @@ def save_json(output: Path, result: dict[str, Any]) -> Path:
     with write_atomically(path, force=True) as file:
         file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
     return path
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a screen, writing the same file for the same numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "vqcodec"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(output: Path, figure: Any) -> None:
+    """As OUTPUT.png and OUTPUT.svg."""
+    for ending, metadata in ((".png", {}), (".svg", {"Date": None})):
+        figure.savefig(beside(output, ending), dpi=150, metadata=metadata)
+    pyplot().close(figure)

@@ -13,7 +13,16 @@ from vqcodec import Codec, __version__
 from vqcodec.weights import SHIPPED
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("bjontegaard", "constriction", "numpy", "pillow", "pytorch-msssim", "safetensors", "torch")
+PACKAGES = (
+    "bjontegaard",
+    "constriction",
+    "numpy",
+    "pillow",
+    "pillow-jxl-plugin",
+    "pytorch-msssim",
+    "safetensors",
+    "torch",
+)
 
 
 def describe(codec: Codec, weights: Path | None) -> dict[str, Any]:

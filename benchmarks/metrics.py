@@ -3,21 +3,26 @@
 A metric is a function of two 8-bit RGB images (H, W, 3), original and decoded, and an entry in `METRICS`.
 """
 
+import importlib
 import importlib.util
 import math
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Bytes = NDArray[np.uint8]
 
 MAX_PSNR = 100.0
 BD_METHOD = "pchip"  # monotone, and that of the video standards' spreadsheets (JCTVC-L1100, JVET-T2010)
 MIN_POINTS = 4  # of each curve, for a BD-rate
-MIN_OVERLAP_DB = 2.0
-MIN_OVERLAP = 0.5  # of the tested curve's PSNR range
+MIN_OVERLAP = 0.5  # of the tested curve's range
 
 
 def psnr(original: Bytes, decoded: Bytes) -> float:
@@ -39,6 +44,19 @@ def ms_ssim(original: Bytes, decoded: Bytes) -> float | None:
     return float(package.ms_ssim(a, b, data_range=255))
 
 
+def ssimulacra2(original: Bytes, decoded: Bytes) -> float:
+    """SSIMULACRA 2.1 (Cloudinary, 2023): 100 for equal images, 70 is high quality, 30 low; may be negative.
+
+    By the reference implementation, libjxl's program: the Python package of this name is up to 4 points off.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("original.png", "decoded.png")]
+        for file, pixels in zip(files, (original, decoded), strict=True):
+            Image.fromarray(pixels).save(file, compress_level=1)
+        ran = subprocess.run(["ssimulacra2", *files], capture_output=True, text=True, check=True)
+    return float(ran.stdout.split()[-1])
+
+
 METRICS: dict[str, Callable[[Bytes, Bytes], float | None]] = {"psnr": psnr}
 SKIPPED: dict[str, str] = {}
 
@@ -46,6 +64,27 @@ if importlib.util.find_spec("pytorch_msssim"):
     METRICS["ms_ssim"] = ms_ssim
 else:
     SKIPPED["ms_ssim"] = "there is no package pytorch-msssim here"
+if shutil.which("ssimulacra2"):
+    METRICS["ssimulacra2"] = ssimulacra2
+else:
+    SKIPPED["ssimulacra2"] = "there is no program ssimulacra2 here, which is part of libjxl's developer tools"
+
+
+class Scale(NamedTuple):
+    """How a metric is compared. on: its values where equal steps look alike; unit: of that; least: shorter intervals
+    of that give no BD-rate."""
+
+    title: str
+    on: Callable[[float], float]
+    unit: str
+    least: float
+
+
+SCALES = {
+    "psnr": Scale("PSNR-RGB", float, "dB", 2.0),
+    "ms_ssim": Scale("MS-SSIM", lambda x: -10 * math.log10(max(1e-10, 1 - x)), "dB", 2.0),
+    "ssimulacra2": Scale("SSIMULACRA 2", float, "points", 10.0),
+}
 
 
 def bits_per_pixel(size: int, pixels: int) -> float:
@@ -54,14 +93,15 @@ def bits_per_pixel(size: int, pixels: int) -> float:
 
 
 class Curve(NamedTuple):
-    """Mean bits per pixel and mean PSNR at each setting of a codec, ascending."""
+    """Mean bits per pixel and mean score at each setting of a codec, ascending."""
 
     bpp: tuple[float, ...]
-    psnr: tuple[float, ...]
+    score: tuple[float, ...]
 
 
 class BDRate(NamedTuple):
-    """percent: None, with the reason, if there is no honest number. low, high: dB, what both curves cover."""
+    """percent: None, with the reason, if there is no honest number. low, high: what both curves cover, on the metric's
+    scale."""
 
     percent: float | None
     low: float
@@ -69,29 +109,31 @@ class BDRate(NamedTuple):
     reason: str = ""
 
 
-def bd_rate(anchor: Curve, test: Curve) -> BDRate:
-    """How much more bits than `anchor` `test` needs for the same PSNR: negative is better.
+def bd_rate(anchor: Curve, test: Curve, metric: str = "psnr") -> BDRate:
+    """How much more bits than `anchor` `test` needs for the same score: negative is better.
 
-    Bjontegaard, VCEG-M33 (2001): mean difference in log rate over the PSNR that both curves cover.
+    Bjontegaard, VCEG-M33 (2001): mean difference in log rate over the scores that both curves cover.
     """
-    low, high = max(min(anchor.psnr), min(test.psnr)), min(max(anchor.psnr), max(test.psnr))
-    points = min(len(anchor.psnr), len(test.psnr))
+    scale = SCALES[metric]
+    anchor, test = (Curve(bpp, tuple(map(scale.on, score))) for bpp, score in (anchor, test))
+    low, high = max(min(anchor.score), min(test.score)), min(max(anchor.score), max(test.score))
+    points = min(len(anchor.score), len(test.score))
     if points < MIN_POINTS:
         return BDRate(None, low, high, f"a curve has {points} points, {MIN_POINTS} are needed")
     if any(np.diff(rising).min() <= 0 for curve in (anchor, test) for rising in curve):
         return BDRate(None, low, high, "a curve does not rise from setting to setting")
-    needed = max(MIN_OVERLAP_DB, MIN_OVERLAP * (max(test.psnr) - min(test.psnr)))
+    needed = max(scale.least, MIN_OVERLAP * (max(test.score) - min(test.score)))
     if high - low < needed:
         shared = max(0, high - low)
-        return BDRate(None, low, high, f"the curves share {shared:.2f} dB, {needed:.2f} are needed")
+        return BDRate(None, low, high, f"the curves share {shared:.2f} {scale.unit}, {needed:.2f} are needed")
     import bjontegaard
 
     options = {"method": BD_METHOD, "require_matching_points": False, "min_overlap": 0}
     return BDRate(float(bjontegaard.bd_rate(*anchor, *test, **options)), low, high)
 
 
-def relative_size(bpp: float, psnr: float, anchor: Curve) -> float | None:
-    """Bits in percent of what `anchor` needs for the same PSNR, linear in log bpp; None outside its range."""
-    if not min(anchor.psnr) <= psnr <= max(anchor.psnr) or min(np.diff(anchor.psnr), default=1) <= 0:
+def relative_size(bpp: float, score: float, anchor: Curve) -> float | None:
+    """Bits in percent of what `anchor` needs for the same score, linear in log bpp; None outside its range."""
+    if not min(anchor.score) <= score <= max(anchor.score) or min(np.diff(anchor.score), default=1) <= 0:
         return None
-    return float(100 * bpp / np.exp(np.interp(psnr, anchor.psnr, np.log(anchor.bpp))))
+    return float(100 * bpp / np.exp(np.interp(score, anchor.score, np.log(anchor.bpp))))

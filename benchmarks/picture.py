@@ -1,8 +1,6 @@
 """One picture that says it all: a crop of the original, and of what each codec makes of it with the same bytes."""
 
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,6 @@ def parse_crop(text: str) -> Crop:
     return left, top, left + width, top + height
 
 
-def largest_within(encode: Callable[[int], bytes], target: int) -> bytes:
-    """The largest file of at most ``target`` bytes over qualities 0..100, or the smallest there is."""
-    best, low, high = encode(0), 1, 100
-    while low <= high:
-        middle = (low + high) // 2
-        data = encode(middle)
-        if len(data) <= target:
-            best, low = data, middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
 def run(image: Path, output: Path, *, weights: Path | None, quality: float, crop: Crop) -> dict[str, Any]:
     """Write the picture; returns what is in it."""
     pixels = corpus.load(image)
@@ -47,7 +32,7 @@ def run(image: Path, output: Path, *, weights: Path | None, quality: float, crop
     ours = codec.encode(pixels, quality)
     panels = [("original", pixels, f"{pixels.size:,} bytes as pixels")]
     rivals, _ = codecs.available(("jpeg", "webp"))
-    files = [(r.name, largest_within(partial(r.encode, pixels), len(ours)), r.decode) for r in rivals]
+    files = [(r.name, codecs.largest_within(r, pixels, len(ours))[1], r.decode) for r in rivals]
     rows = []
     for name, data, decode in [*files, ("vq2", ours, lambda data: np.array(codec.decode(data)))]:
         decoded = decode(data)

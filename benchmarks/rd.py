@@ -14,12 +14,23 @@ from typing import Any, NamedTuple
 
 from benchmarks import codecs, corpus, machine
 from benchmarks.codecs import Bytes, Rival
-from benchmarks.metrics import BD_METHOD, METRICS, SKIPPED, Curve, bd_rate, bits_per_pixel, relative_size
+from benchmarks.metrics import (
+    BD_METHOD,
+    METRICS,
+    SCALES,
+    SKIPPED,
+    Curve,
+    bd_rate,
+    bits_per_pixel,
+    relative_size,
+)
 from vqcodec import Codec
 from vqcodec.files import write_atomically
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
+Step = Callable[[int, int], None]
+Curves = dict[str, dict[str, Curve]]  # by codec and metric
 
 PUBLISHED = Path(__file__).parent / "published" / "kodak.json"
 COLUMNS = ("image", "width", "height", "crc32", "codec", "quality", "bytes", "bpp", *METRICS)
@@ -42,11 +53,12 @@ def run(
     fresh: bool = False,
     published: bool = False,
     tell: Tell = print,
+    step: Step = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure, compare and save OUTPUT.json, OUTPUT.csv, OUTPUT-mean.csv, OUTPUT.png and OUTPUT.svg.
 
-    The JSON file is saved after every image. What it has of the rivals is not computed again unless `fresh`;
-    vq2 always is, because the same weights give other files when the code has changed.
+    The JSON file is saved after every image. What it has of the rivals is not computed again unless `fresh`; what it
+    has of vq2 only if code and weights are the same. step: called with the number of images done, and of all.
     """
     paths, lineup = corpus.find(folder), Lineup(weights, qualities, rivals)
     codec, contestants, missing = assemble(lineup)
@@ -58,9 +70,10 @@ def run(
         "codecs": {rival.name: rival.what for rival in contestants},
         "skipped": {**missing, **SKIPPED},
     }
-    rows = {} if fresh else _known(output, result["codecs"])
+    rows = {} if fresh else _known(output, result)
     measured: list[Row] = []
-    for path, found in zip(paths, _measure_all(paths, rows, lineup, jobs), strict=True):
+    for done, (path, found) in enumerate(zip(paths, _measure_all(paths, rows, lineup, jobs), strict=True), 1):
+        step(done, len(paths))
         rows.pop(path.name, None)
         if isinstance(found, str):
             result["corpus"]["skipped"][path.name] = found
@@ -73,11 +86,9 @@ def run(
     if not measured:
         raise ValueError(f"{folder}: none of the {len(paths)} images can be read")
     result |= {"rows": measured, "means": means(measured)}
-    curves = {rival.name: curve(result["means"], rival.name) for rival in contestants}
     if published:
         result["published"] = json.loads(PUBLISHED.read_text("utf-8"))
-        for entry in result["published"]["curves"]:
-            curves[f"{entry['name']} *"] = Curve(*zip(*entry["points"], strict=True))
+    curves = all_curves(result)
     result |= compare(curves, result["means"])
     corpus.save_json(output, result)
     _save_csv(output, ".csv", COLUMNS, measured)
@@ -143,15 +154,19 @@ def _measure_all(
         yield from pool.map(_measure_file, *arguments)
 
 
-def _known(output: Path, what: dict[str, str]) -> dict[str, list[Row]]:
-    """Rows of rivals in an earlier result, by image: those with the same library, settings and metrics."""
+def _known(output: Path, result: dict[str, Any]) -> dict[str, list[Row]]:
+    """Rows of an earlier result that hold for this one, by image: of rivals with the same library and settings; of vq2
+    with the same weights and the same commit, if no file differs from that."""
     path = corpus.beside(output, ".json")
     if not path.exists():
         return {}
     earlier = json.loads(path.read_text())
     if earlier.get("benchmark") != "rd":
         raise ValueError(f"{path} is not a result of rd: choose another name with -o")
-    same = {name for name, text in earlier["codecs"].items() if name != "vq2" and text == what.get(name)}
+    same = {name for name, text in earlier["codecs"].items() if text == result["codecs"].get(name)}
+    now, then = ([r["machine"][key] for key in ("commit", "weights_sha256")] for r in (result, earlier))
+    if now != then or now[0].endswith("+") or now[0] == "unknown":
+        same.discard("vq2")
     known: dict[str, list[Row]] = {}
     for row in earlier["rows"]:
         if row["codec"] in same and row.keys() >= METRICS.keys():
@@ -183,24 +198,42 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if len(known) == len(values) else None
 
 
-def curve(mean_rows: Sequence[Row], codec: str) -> Curve:
-    points = sorted((row["bpp"], row["psnr"]) for row in mean_rows if row["codec"] == codec)
-    return Curve(*zip(*points, strict=True))
+def all_curves(result: dict[str, Any]) -> Curves:
+    """The mean curves of a result; published ones are marked with an asterisk."""
+    points = {name: [row for row in result["means"] if row["codec"] == name] for name in result["codecs"]}
+    for entry in result.get("published", {"curves": []})["curves"]:
+        columns = ("bpp", "psnr", "ms_ssim")
+        points[f"{entry['name']} *"] = [dict(zip(columns, point, strict=False)) for point in entry["points"]]
+    curves: Curves = {}
+    for name, rows in points.items():
+        for metric in METRICS:
+            pairs = sorted((row["bpp"], row[metric]) for row in rows if row.get(metric) is not None)
+            if pairs:
+                curves.setdefault(name, {})[metric] = Curve(*zip(*pairs, strict=True))
+    return curves
 
 
-def compare(curves: dict[str, Curve], mean_rows: Sequence[Row]) -> dict[str, Any]:
-    """vq2 against every other curve: BD-rate, and the size at equal mean PSNR of each quality."""
-    anchors = {name: anchor for name, anchor in curves.items() if name != "vq2"}
-    ours = [row for row in mean_rows if row["codec"] == "vq2"]
+def compare(curves: Curves, mean_rows: Sequence[Row]) -> dict[str, Any]:
+    """vq2 against every other curve: BD-rate by each metric, and the size at equal mean PSNR of each quality."""
+    anchors = {name: scores for name, scores in curves.items() if name != "vq2"}
+    ours = curves["vq2"]
     return {
         "bd_method": BD_METHOD,
-        "bd_rate": {name: bd_rate(anchor, curves["vq2"])._asdict() for name, anchor in anchors.items()},
+        "bd_rate": {
+            metric: {
+                name: bd_rate(scores[metric], ours[metric], metric)._asdict()
+                for name, scores in anchors.items()
+                if metric in scores
+            }
+            for metric in ours
+        },
         "percent_of_size_at_equal_psnr": [
             {
                 "quality": row["quality"],
-                **{name: relative_size(row["bpp"], row["psnr"], anchor) for name, anchor in anchors.items()},
+                **{name: relative_size(row["bpp"], row["psnr"], scores["psnr"]) for name, scores in anchors.items()},
             }
-            for row in ours
+            for row in mean_rows
+            if row["codec"] == "vq2"
         ],
     }
 
@@ -215,19 +248,21 @@ def table(result: dict[str, Any]) -> str:
     lines += [f"skipped {name}: {reason}" for name, reason in skipped.items()]
     anchors = [name for name in result["codecs"] if name != "vq2"]
     heads = " ".join(f"{name:>9}" for name in anchors)
-    lines += ["", f"{'':>30}size in percent of theirs at the same mean PSNR"]
-    lines += [f"  vq2     bpp   PSNR  MS-SSIM {heads}"]
+    lines += ["", f"{'':>39}size in percent of theirs at the same mean PSNR"]
+    lines += [f"  vq2     bpp   PSNR  MS-SSIM SSIMUL.2 {heads}"]
     sizes = {row["quality"]: row for row in result["percent_of_size_at_equal_psnr"]}
     for row in (row for row in result["means"] if row["codec"] == "vq2"):
         percents = [_number(sizes[row["quality"]][name], ".1f").rjust(max(9, len(name))) for name in anchors]
-        ms_ssim = _number(row.get("ms_ssim"), ".4f")
-        numbers = f"{row['quality']:>5g} {row['bpp']:7.4f} {row['psnr']:6.2f} {ms_ssim:>8}"
+        others = [_number(row.get("ms_ssim"), ".4f"), _number(row.get("ssimulacra2"), ".1f")]
+        numbers = f"{row['quality']:>5g} {row['bpp']:7.4f} {row['psnr']:6.2f} {others[0]:>8} {others[1]:>8}"
         lines.append(" ".join([numbers, *percents]))
     lines += ["", f"BD-rate of vq2 ({result['bd_method']} over the mean curves, negative: vq2 is smaller)"]
-    for name, bd in result["bd_rate"].items():
-        percent = "none" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
-        about = bd["reason"] or f"{bd['low']:.2f} to {bd['high']:.2f} dB"
-        lines.append(f"  against {name:<22} {percent:>9}   {about}")
+    for metric, found in result["bd_rate"].items():
+        lines.append(f"  by {SCALES[metric].title}")
+        for name, bd in found.items():
+            percent = "none" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
+            about = bd["reason"] or f"{bd['low']:.2f} to {bd['high']:.2f} {SCALES[metric].unit}"
+            lines.append(f"    against {name:<22} {percent:>9}   {about}")
     if "published" in result:
         lines.append(f"* published numbers, for {result['published']['corpus']}: not measured here")
     return "\n".join(lines)
@@ -246,24 +281,18 @@ def _save_csv(output: Path, ending: str, columns: Sequence[str], rows: Sequence[
         file.write(text.getvalue().encode())
 
 
-def plot(output: Path, curves: dict[str, Curve], title: str) -> None:
+def plot(output: Path, curves: Curves, title: str) -> None:
     """Mean PSNR over bits per pixel as PNG and SVG, over the range of vq2 and a margin."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vqcodec"  # the same file for the same numbers
-    from matplotlib import pyplot
-
+    pyplot = corpus.pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 6), layout="constrained")
-    for name, (bpp, psnr) in curves.items():
+    for name, scores in curves.items():
+        bpp, psnr = scores["psnr"]
         style = STYLES["vq2" if name == "vq2" else "published" if name.endswith(" *") else "rival"]
         axes.plot(bpp, psnr, label=name, **style)
-    bpp, psnr = curves["vq2"]
+    bpp, psnr = curves["vq2"]["psnr"]
     axes.set_xlim(0, 1.25 * max(bpp))
     axes.set_ylim(min(psnr) - 2, max(psnr) + 2)
     axes.set(xlabel="bits per pixel", ylabel="mean PSNR-RGB (dB)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    for ending, metadata in ((".png", {}), (".svg", {"Date": None})):
-        figure.savefig(corpus.beside(output, ending), dpi=150, metadata=metadata)
-    pyplot.close(figure)
+    corpus.save_figure(output, figure)

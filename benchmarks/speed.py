@@ -1,17 +1,14 @@
-"""Time and memory: encode and decode by stage, and the whole command line."""
+"""Time and memory: encode and decode by stage, the rivals beside it, and the whole command line."""
 
 import functools
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -20,13 +17,15 @@ import torch
 from PIL import Image
 
 import vqcodec.codec
-from benchmarks import corpus, machine
+from benchmarks import codecs, corpus, machine, timing
 from benchmarks.corpus import Bytes
 from bitstream import container, rans
 from bitstream.errors import ImageError
 from vqcodec import Codec
+from vqcodec.image import read
 
-DEFAULT_SIZES = ((768, 512), (4000, 3000))
+DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
+DEFAULT_RIVALS = ("jpeg", "webp", "avif-420", "jxl", "jpeg2000")
 
 # The functions that vqcodec/codec.py calls for each stage, as (owner, name).
 STAGES: dict[str, list[tuple[Any, str]]] = {
@@ -77,14 +76,16 @@ class Stopwatch:
 
 
 def by_stage(function: Callable[[], Any], repeat: int) -> dict[str, float]:
-    """Median seconds of each stage, of the rest and of all, over `repeat` calls after one to warm up."""
-    laps = []
-    for _ in range(1 + repeat):
+    """Median seconds of each stage, of the rest and of all."""
+
+    def lap() -> dict[str, float]:
         watch = Stopwatch()
         with watch.installed():
             watch.wrap("other", function)()
-        laps.append({**watch.seconds, "total": sum(watch.seconds.values())})
-    return {stage: median(lap.get(stage, 0.0) for lap in laps[1:]) for stage in (*STAGES, "other", "total")}
+        spent = {stage: watch.seconds[stage] for stage in (*STAGES, "other")}
+        return {**spent, "total": sum(spent.values())}
+
+    return timing.medians(lap, repeat)
 
 
 def run(
@@ -93,61 +94,151 @@ def run(
     weights: Path | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     threads: Sequence[int] = (1,),
+    devices: Sequence[str] = (),
+    rivals: Sequence[str] = DEFAULT_RIVALS,
+    compressai: Path | None = None,
     repeat: int = 3,
     quality: float | None = None,
     image: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure, and save OUTPUT.json. sizes: (width, height); the image's own, or DEFAULT_SIZES, if empty."""
-    codec = Codec.load(weights, device="cpu")
+    """Measure and save OUTPUT.json, OUTPUT.png and OUTPUT.svg.
+
+    quality: vqcodec's default, or the model's best, if None. image: instead of synthetic ones. sizes: the image's own,
+    or DEFAULT_SIZES, if empty. devices: all there are, if empty. compressai: the Python of an environment with it.
+    """
+    devices = devices or ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+    loaded = {device: Codec.load(weights, device=device) for device in devices}
+    codec = loaded[devices[0]]
     if quality is None:
         quality = min(vqcodec.DEFAULT_QUALITY, codec.model.config.levels)
     source = None if image is None else _source(image)
     if source is not None:
         sizes = sizes or [(source.shape[1], source.shape[0])]
+    found, skipped = codecs.available(rivals)
+    what = {rival.name: rival.what for rival in found}
+    models = _compressai(compressai, what, skipped)
     result: dict[str, Any] = {
         "benchmark": "speed",
         "machine": machine.describe(codec, weights),
         "image": "synthetic, 1/f noise" if image is None else f"{image.name}, mirrored or cropped to size",
         "quality": quality,
         "repeat": repeat,
-        "model_load_seconds": _seconds(functools.partial(Codec.load, weights, device="cpu"), repeat),
+        "long_seconds": timing.LONG,
+        "codecs": what,
+        "skipped": skipped,
+        "model_load_seconds": timing.seconds(functools.partial(Codec.load, weights, device="cpu"), repeat),
         "rows": [],
     }
-    before = torch.get_num_threads()
+    settings: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for width, height in sizes or DEFAULT_SIZES:
-            tell(f"{width}x{height}")
             pixels = pink_noise(width, height) if source is None else fitted(source, width, height)
-            data = codec.encode(pixels, quality)
             files = Path(folder, "image.png"), Path(folder, "image.vq2")
             Image.fromarray(pixels).save(files[0], compress_level=1)
-            files[1].write_bytes(data)
-            for count in threads:
-                peaks = [_in_new_process(peak_memory, file, weights, quality, count) for file in files]
-                torch.set_num_threads(count)
-                seconds = (
-                    by_stage(functools.partial(codec.encode, pixels, quality), repeat),
-                    by_stage(functools.partial(codec.decode, data), repeat),
-                )
-                for direction, stages, peak in zip(("encode", "decode"), seconds, peaks, strict=True):
-                    result["rows"].append(
-                        {
-                            "direction": direction,
-                            "width": width,
-                            "height": height,
-                            "threads": count,
-                            "file_bytes": len(data),
-                            "seconds": stages,
-                            "megapixels_per_second": width * height / 1e6 / stages["total"],
-                            "peak_memory_bytes": peak,
-                        }
-                    )
-        torch.set_num_threads(before)
+            files[1].write_bytes(data := codec.encode(pixels, quality))
+            rows = []
+            for device, count in ((device, count) for device in devices for count in threads):
+                tell(f"{width}x{height}: vq2, {device}, threads {count}")
+                rows += _rows(loaded[device], files, weights, quality, count, repeat)
+            for rival in found:
+                tell(f"{width}x{height}: {rival.name}")
+                if rival.name not in settings:
+                    settings[rival.name], _ = codecs.largest_within(rival, pixels, len(data))
+                costs = timing.rival_costs(rival.name, files[0], settings[rival.name], repeat)
+                rows += _rival_rows(rival.name, 1, costs)
+            for model, count in ((model, count) for model in models for count in threads):
+                if compressai is None or width * height > timing.COMPRESSAI_PIXELS:
+                    continue
+                tell(f"{width}x{height}: CompressAI, {model}, threads {count}")
+                try:
+                    costs = timing.compressai_costs(compressai, model, files[0], count, repeat)
+                except timing.CompressAIError as error:
+                    skipped[f"compressai {model} {width}x{height}"] = str(error)
+                else:
+                    rows += _rival_rows(f"compressai {model}", count, costs)
+            for row in rows:
+                megapixels = width * height / 1e6
+                speed = {"megapixels_per_second": megapixels / row["seconds"]["total"]}
+                result["rows"].append({"width": width, "height": height, **row, **speed})
+            corpus.save_json(output, result)
         commands = (["info", str(files[1])], ["--help"])
         result["process_seconds"] = {command[0]: _command_seconds(command, repeat) for command in commands}
+    result["settings"] = settings
     corpus.save_json(output, result)
+    plot(output, result)
     return result
+
+
+def _compressai(python: Path | None, what: dict[str, str], skipped: dict[str, str]) -> tuple[str, ...]:
+    """The models to measure; notes their version, or why there are none."""
+    if python is None:
+        skipped["compressai"] = "no environment with it was given (--compressai PYTHON)"
+        return ()
+    try:
+        version = timing.compressai_version(python)
+    except timing.CompressAIError as error:
+        skipped["compressai"] = str(error)
+        return ()
+    what |= {f"compressai {model}": f"{version}, random weights" for model in timing.COMPRESSAI}
+    return timing.COMPRESSAI
+
+
+def _rows(
+    codec: Codec, files: tuple[Path, Path], weights: Path | None, quality: float, threads: int, repeat: int
+) -> list[dict[str, Any]]:
+    """Encoding and decoding with vq2; files: the image as PNG and as .vq2."""
+    device = codec.device.type
+    peaks = [timing.in_new_process(peak_memory, file, weights, device, quality, threads) for file in files]
+    pixels, data = np.array(Image.open(files[0])), files[1].read_bytes()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stages = (
+            by_stage(functools.partial(codec.encode, pixels, quality), repeat),
+            by_stage(functools.partial(codec.decode, data), repeat),
+        )
+    finally:
+        torch.set_num_threads(before)
+    decoded, copy = codec.decode(data), files[1].with_suffix(".copy")
+    file_seconds = (
+        {
+            "load": timing.seconds(functools.partial(read, files[0]), repeat),
+            "save": timing.seconds(functools.partial(copy.write_bytes, data), repeat),
+        },
+        {
+            "load": timing.seconds(files[1].read_bytes, repeat),
+            "save": timing.seconds(functools.partial(decoded.save, copy, "PNG"), repeat),
+        },
+    )
+    return [
+        {
+            "codec": "vq2",
+            "direction": direction,
+            "device": device,
+            "threads": threads,
+            "file_bytes": len(data),
+            "seconds": stages[k],
+            "file_seconds": file_seconds[k],
+            "peak_memory_bytes": peaks[k],
+        }
+        for k, direction in enumerate(("encode", "decode"))
+    ]
+
+
+def _rival_rows(name: str, threads: int, costs: dict[str, timing.Cost]) -> list[dict[str, Any]]:
+    return [
+        {
+            "codec": name,
+            "direction": direction,
+            "device": "cpu",
+            "threads": threads,
+            "file_bytes": cost.file_bytes,
+            "seconds": {"total": cost.seconds},
+            "peak_memory_bytes": cost.peak_bytes,
+        }
+        for direction, cost in costs.items()
+    ]
 
 
 # --- images ---
@@ -185,38 +276,15 @@ def fitted(pixels: Bytes, width: int, height: int) -> Bytes:
 # --- processes ---
 
 
-def peak_memory(file: Path, weights: Path | None, quality: float, threads: int) -> int:
+def peak_memory(file: Path, weights: Path | None, device: str, quality: float, threads: int) -> int:
     """Peak resident bytes of this process, after encoding an image file or decoding a .vq2 file."""
     torch.set_num_threads(threads)
-    codec = Codec.load(weights, device="cpu")
+    codec = Codec.load(weights, device=device)
     if file.suffix == ".vq2":
         codec.decode(file.read_bytes())
     else:
         codec.encode(Image.open(file), quality)
-    # ru_maxrss starts at what the process that started this one has used, on Linux; VmHWM does not.
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _in_new_process(function: Callable[..., int], *arguments: Any) -> int:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _seconds(function: Callable[[], Any], repeat: int) -> float:
-    """Median over `repeat` calls after one to warm up."""
-    laps = []
-    for _ in range(1 + repeat):
-        start = time.perf_counter()
-        function()
-        laps.append(time.perf_counter() - start)
-    return median(laps[1:])
+    return timing.peak_bytes()
 
 
 def _command_seconds(arguments: list[str], repeat: int) -> float | str:
@@ -224,7 +292,7 @@ def _command_seconds(arguments: list[str], repeat: int) -> float | str:
     command = [sys.executable, "-m", "vqcodec", *arguments]
     call = functools.partial(subprocess.run, command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
     try:
-        return _seconds(call, repeat)
+        return timing.seconds(call, repeat)
     except subprocess.CalledProcessError as error:
         return (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
 
@@ -237,16 +305,71 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         machine.title(result["machine"]),
         f"{result['image']}; quality {result['quality']:g}; seconds, median of {result['repeat']}",
+        *(f"skipped {name}: {reason}" for name, reason in result["skipped"].items()),
         "",
-        f"{'threads':>19}        {' '.join(f'{stage:>9}' for stage in stages)}   Mpx/s   peak MB",
+        f"vq2 {'threads':>15}          {' '.join(f'{stage:>9}' for stage in (*stages, 'load', 'save'))}",
     ]
     for row in result["rows"]:
-        size = f"{row['width']}x{row['height']}"
-        seconds = " ".join(f"{row['seconds'][stage]:9.3f}" for stage in stages)
-        rates = f"{row['megapixels_per_second']:7.3f} {row['peak_memory_bytes'] / 1e6:9.0f}"
-        lines.append(f"{size:>11} {row['threads']:>7} {row['direction']:>6} {seconds} {rates}")
+        if row["codec"] == "vq2":
+            spent = {**row["seconds"], **row["file_seconds"]}
+            numbers = " ".join(f"{spent[stage]:9.3f}" for stage in (*stages, "load", "save"))
+            where = f"{_size(row):>11} {row['device']:>4} {row['threads']} {row['direction']:>6}"
+            lines.append(f"{where:<28} {numbers}")
+    head, *rows = cells(result)
+    lines += ["", f"{head[0]:<46}" + " ".join(f"{cell:>10}" for cell in head[1:])]
+    lines += [f"{row[0]:<46}" + " ".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
     lines += ["", f"loading the model {result['model_load_seconds']:.3f} s"]
     for name, seconds in result["process_seconds"].items():
         text = f"{seconds:.3f} s" if isinstance(seconds, float) else seconds
         lines.append(f"python -m vqcodec {name}: {text}")
     return "\n".join(lines)
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['width']}x{row['height']}"
+
+
+def _label(row: dict[str, Any]) -> str:
+    device = "" if row["device"] == "cpu" else f", {row['device']}"
+    return f"{row['codec']}{device}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+
+
+def cells(result: dict[str, Any]) -> list[list[str]]:
+    """A table with a line for both directions of a codec: seconds, megapixels per second, peak megabytes."""
+    pairs: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        pairs.setdefault((_size(row), _label(row)), {})[row["direction"]] = row
+    lines = [["", "size", "encode s", "decode s", "enc Mpx/s", "dec Mpx/s", "enc MB", "dec MB"]]
+    for (size, label), pair in pairs.items():
+        both = [pair["encode"], pair["decode"]]
+        lines.append(
+            [
+                label,
+                size,
+                *(f"{row['seconds']['total']:.3f}" for row in both),
+                *(f"{row['megapixels_per_second']:.3g}" for row in both),
+                *(f"{row['peak_memory_bytes'] / 1e6:.0f}" for row in both),
+            ]
+        )
+    return lines
+
+
+def plot(output: Path, result: dict[str, Any]) -> None:
+    """Time and peak memory of decoding and encoding over megapixels, as PNG and SVG."""
+    pyplot = corpus.pyplot()
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained", sharex=True)
+    labels = list(dict.fromkeys(_label(row) for row in result["rows"]))
+    for column, direction in enumerate(("encode", "decode")):
+        for label in labels:
+            rows = [r for r in result["rows"] if _label(r) == label and r["direction"] == direction]
+            rows.sort(key=lambda row: row["width"] * row["height"])
+            x = [row["width"] * row["height"] / 1e6 for row in rows]
+            style = {"marker": "o", "linewidth": 2.5 if label.startswith("vq2") else 1.2, "label": label}
+            axes[0, column].loglog(x, [row["seconds"]["total"] for row in rows], **style)
+            axes[1, column].loglog(x, [row["peak_memory_bytes"] / 1e6 for row in rows], **style)
+        axes[0, column].set(title=direction, ylabel="seconds")
+        axes[1, column].set(xlabel="megapixels", ylabel="peak memory, MB")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    corpus.save_figure(output, figure)
