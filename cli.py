@@ -1,4 +1,4 @@
-"""The command line: vqcodec encode, decode, info and train. The only file that prints or exits.
+"""The command line, `vqcodec`. The only file that prints or exits.
 
 What is slow to import (torch, numpy, Pillow, rich) is imported by the command that needs it.
 """
@@ -10,10 +10,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import click
 
@@ -22,7 +23,9 @@ from vqcodec import DEFAULT_QUALITY, __version__
 from vqcodec.files import write_atomically
 
 if TYPE_CHECKING:
+    from vqcodec.batch import Made, Work
     from vqcodec.codec import Codec
+    from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
 
 # --- errors: one line each ---
@@ -96,38 +99,79 @@ class _Program(click.Group):
 # --- from inputs to outputs, "-" being the standard streams ---
 
 
-def _plan(sources: Sequence[str], out: str | None, suffix: str, force: bool) -> list[tuple[str, str]]:
-    """(source, target) of all jobs, if nothing speaks against any. Makes the folder `out` if it has to."""
-    folder = out is not None and (out.endswith(("/", os.sep)) or os.path.isdir(out))
-    if out is not None and not folder and len(sources) > 1:
+class _Job(NamedTuple):
+    source: str
+    target: str
+
+
+class _Plan(NamedTuple):
+    """What there is to do. folders: a folder is among the inputs; skipped: outputs that are there already."""
+
+    jobs: list[_Job]
+    folders: bool
+    skipped: int = 0
+
+
+def _plan(
+    sources: Sequence[str],
+    out: str | None,
+    suffix: str,
+    force: bool,
+    resume: bool = False,
+    endings: Callable[[], Collection[str]] = frozenset,
+) -> _Plan:
+    """The jobs, if nothing speaks against any. Makes the folder `out` if it has to.
+
+    endings: gives those of the files to be found in folders, because it is slow to know them.
+    """
+    folders = any(os.path.isdir(source) for source in sources)
+    to_folder = out is not None and (folders or out.endswith(("/", os.sep)) or os.path.isdir(out))
+    if force and resume:
+        raise click.UsageError("--force replaces outputs that exist and --resume skips them: choose one")
+    if out is not None and not to_folder and len(sources) > 1:
         raise click.UsageError(f"several inputs need a folder: end OUT in a slash to have it made ({out}/)")
-    if "-" in sources and (folder or len(sources) > 1):
+    if "-" in sources and (to_folder or len(sources) > 1):
         raise click.UsageError("- (standard input) has no name: give it alone, with -o FILE or -o -")
-    if out is None:
-        targets = [s if s == "-" else _renamed(s, suffix) for s in sources]
-    elif folder:
-        targets = [os.path.join(out, _renamed(os.path.basename(s), suffix)) for s in sources]
-    else:
-        targets = ["-" if out == "/dev/stdout" else out]
-    jobs = list(zip(sources, targets, strict=True))
-    _refuse_clashes(jobs, force)
+    jobs: list[_Job] = []
+    for source in sources:
+        if os.path.isdir(source):
+            jobs += _jobs_in(source, out or source, suffix, endings())
+        elif out is None:
+            jobs.append(_Job(source, source if source == "-" else _renamed(source, suffix)))
+        elif to_folder:
+            jobs.append(_Job(source, os.path.join(out, _renamed(os.path.basename(source), suffix))))
+        else:
+            jobs.append(_Job(source, "-" if out == "/dev/stdout" else out))
+    left = [job for job in jobs if not (resume and os.path.isfile(job.target))]
+    _refuse_clashes(left, force)
     if out is not None:
         parent = os.path.dirname(os.path.abspath(out))
         if not os.path.isdir(parent):
             raise Failure(f"{out}: there is no folder {parent}: create it first")
-        if folder and not os.path.isdir(out):
+        if to_folder and not os.path.isdir(out):
             if os.path.isfile(os.path.abspath(out)):
                 raise Failure(f"{out}: is a file, not a folder: choose another name")
             with _blame(out):
                 os.mkdir(out)
-    return jobs
+    return _Plan(left, folders, len(jobs) - len(left))
+
+
+def _jobs_in(folder: str, out: str, suffix: str, endings: Collection[str]) -> list[_Job]:
+    from vqcodec.files import find, renamed
+
+    with _blame(folder):
+        paths = find(folder, endings)
+    if not paths:
+        raise Failure(f"{folder}: no files to work on in this folder: they are known by their endings")
+    names = renamed(paths, suffix)
+    return [_Job(os.path.join(folder, path), os.path.join(out, name)) for path, name in zip(paths, names, strict=True)]
 
 
 def _renamed(path: str, suffix: str) -> str:
     return os.path.splitext(path)[0] + suffix
 
 
-def _refuse_clashes(jobs: Sequence[tuple[str, str]], force: bool) -> None:
+def _refuse_clashes(jobs: Sequence[_Job], force: bool) -> None:
     """Failure if an output would take the place of a file, unless that is what `force` is for."""
     inputs = {_identity(source) for source, _ in jobs}
     source_of: dict[Any, str] = {}
@@ -155,25 +199,13 @@ def _identity(path: str) -> Any:
     return found.st_dev, found.st_ino
 
 
-def _each(work: Callable[..., None], jobs: Iterable[Sequence[str]]) -> None:
-    """Does all jobs, even if some of them fail."""
-    failed = False
-    for job in jobs:
-        try:
-            work(*job)
-        except Failure as failure:
-            failure.show()
-            failed = True
-    if failed:
-        raise click.exceptions.Exit(1)
-
-
 def _title(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
-def _open(source: str) -> BinaryIO:
-    return cast(BinaryIO, click.open_file(source, "rb"))
+def _read(source: str) -> bytes:
+    with _blame(_title(source)), cast(BinaryIO, click.open_file(source, "rb")) as file:
+        return file.read()
 
 
 def _write(target: str, data: bytes | memoryview, force: bool) -> None:
@@ -181,13 +213,20 @@ def _write(target: str, data: bytes | memoryview, force: bool) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     else:
-        with _blame(target), write_atomically(target, force) as file:
-            file.write(data)
+        with _blame(target):
+            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # of a tree
+            with write_atomically(target, force) as file:
+                file.write(data)
 
 
-def _load(weights: str | None, device: str) -> "Codec":
+def _load(weights: str | None, device: str, jobs: int = 1) -> "Codec":
+    """jobs: processes that there will be."""
     from vqcodec.codec import Codec
 
+    if jobs > 1:
+        import torch
+
+        torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
     with _blame():
         return Codec.load(weights, device)
 
@@ -219,19 +258,162 @@ def _warn(name: str, notes: Iterable[str]) -> None:
         _complain(f"{name}: warning: {note}")
 
 
-def _summary(target: str, shape: Sequence[int], size: int, started: float) -> None:
-    (height, width), seconds = shape[:2], time.monotonic() - started
-    facts = f"{width} x {height}  {size:,} bytes  {8 * size / (width * height):.3f} bpp  {seconds:.1f} s"
-    click.echo(f"{_printable(target)}  {facts}", err=target == "-")
+# --- doing it ---
+
+
+@dataclass
+class _Tally:
+    """What has become of the files so far."""
+
+    done: int = 0
+    skipped: int = 0
+    before: int = 0
+    after: int = 0
+    pixels: int = 0
+    failed: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def facts(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.started
+        return {
+            "done": self.done,
+            "skipped": self.skipped,
+            "failed": len(self.failed),
+            "bytes_before": self.before,
+            "bytes_after": self.after,
+            "seconds": round(seconds, 3),
+            "megapixels_per_second": round(self.pixels / 1e6 / max(seconds, 1e-9), 3),
+        }
+
+
+def _do(
+    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, workers: int, force: bool, as_json: bool
+) -> None:
+    """Does all jobs, even if some of them fail; Exit(1) if any has."""
+    tally = _Tally(skipped=plan.skipped)
+    alone = len(plan.jobs) == 1 and not plan.skipped and not plan.folders
+    outcomes = contextlib.closing(_outcomes(work, plan, codec, weights, workers))  # whatever happens, no worker stays
+    with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance, outcomes as each:
+        for job, outcome in each:
+            try:
+                with _blame(_title(job.source)):
+                    size, made = outcome()
+                _write(job.target, made.data, force)
+            except Failure as failure:
+                failure.show()
+                tally.failed.append(failure.message)
+                facts: dict[str, Any] = {"status": "failed", "error": failure.message}
+            else:
+                tally.done += 1
+                tally.before += size
+                tally.after += len(made.data)
+                tally.pixels += made.width * made.height
+                _warn(_title(job.source), [*made.notes, *filter(None, [made.miss])])
+                _warn(job.target, made.losses)
+                facts = _facts_of(size, made)
+                if not as_json and not plan.folders:
+                    _summary(job.target, facts)
+            if as_json:
+                click.echo(json.dumps({"file": job.source, "output": job.target, **facts}))
+            if advance:
+                advance(job, tally)
+    if as_json and not alone:
+        click.echo(json.dumps({"summary": tally.facts()}))
+    elif not alone:
+        _table(tally)
+    if tally.failed:
+        raise click.exceptions.Exit(1)
+
+
+def _outcomes(
+    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, workers: int
+) -> Generator[tuple[_Job, Callable[[], tuple[int, "Made"]]], None, None]:
+    """Every job, with a function that returns the size of the input and what was made of it, or raises."""
+    if workers > 1 and len(plan.jobs) > 1:
+        from vqcodec.batch import spread
+
+        yield from spread(work, plan.jobs, lambda job: _read(job.source), codec, weights, workers)
+        return
+    for job in plan.jobs:
+
+        def outcome(job: _Job = job) -> tuple[int, "Made"]:
+            data = _read(job.source)
+            with contextlib.nullcontext() if plan.folders else _bar(job.source) as progress:
+                return len(data), work(codec, data, progress)
+
+        yield job, outcome
+
+
+@contextlib.contextmanager
+def _whole_bar(jobs: Sequence[_Job]) -> Iterator[Callable[[_Job, _Tally], None] | None]:
+    """A function that advances a bar over all files, by the bytes of each; shown on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    sizes = {job.source: os.path.getsize(job.source) for job in jobs if os.path.exists(job.source)}
+    count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
+    columns = count, BarColumn(), TextColumn("{task.fields[speed]:.2f} MP/s"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
+
+        def advance(job: _Job, tally: _Tally) -> None:
+            done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
+            bar.update(task, advance=sizes.get(job.source, 0), done=done, speed=speed)
+
+        yield advance
+
+
+def _facts_of(size: int, made: "Made") -> dict[str, Any]:
+    facts = {
+        "status": "done",
+        "width": made.width,
+        "height": made.height,
+        "bytes_before": size,
+        "bytes_after": len(made.data),
+        "bpp": round(8 * len(made.data) / (made.width * made.height), 4),
+        "seconds": round(made.seconds, 3),
+    }
+    return facts if made.quality is None else {**facts, "quality": round(made.quality, 3)}
+
+
+def _summary(target: str, facts: dict[str, Any]) -> None:
+    line = "{width} x {height}  {bytes_after:,} bytes  {bpp:.3f} bpp  {seconds:.1f} s".format(**facts)
+    if "quality" in facts:
+        line += "  quality {quality:.2f}".format(**facts)
+    click.echo(f"{_printable(target)}  {line}", err=target == "-")
+
+
+def _table(tally: _Tally) -> None:
+    facts = tally.facts()
+    click.echo("files   {done} done, {skipped} skipped, {failed} failed".format(**facts))
+    click.echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
+    if tally.before and tally.after:
+        small, large = sorted((tally.before, tally.after))
+        click.echo(f"ratio   {large / small:.1f} : 1" if tally.after == small else f"ratio   1 : {large / small:.1f}")
+    click.echo("time    {seconds:.1f} s, {megapixels_per_second:.2f} MP/s".format(**facts))
+    for message in tally.failed:
+        click.echo("failed  " + _printable(" ".join(message.split())))
 
 
 # --- commands ---
 
 _FILES = """\
-OUT is a file, or a folder if it is one already or ends in a slash: then it is created if need be, but not
-its parents. Several inputs need a folder, or no -o at all: each output is then written beside its input. "-"
-stands for standard input and output. An output that exists, that is an input, or that two inputs would share
-is refused before any work."""
+OUT is a file, or a folder if it is one already, ends in a slash, or an INPUT is a folder: then it is created if
+need be, but not its parents. Several inputs need a folder, or no -o at all: each output is then written beside
+its input. "-" stands for standard input and output. An output that exists, that is an input, or that two inputs
+would share is refused before any work.
+
+A folder among the inputs stands for all files below it that have one of the right endings, hidden ones left out;
+OUT gets the same tree. Files of one folder that differ in nothing but their ending keep it: a.jpg.vq2, a.png.vq2.
+
+With --jobs N, N processes of one thread each work on N files at once and share one model where the system allows
+(Linux, without a GPU). A file that fails is named at once, and again in the table at the end; the others are
+done. --json prints an object per file instead, with file, output, status (done or failed), error or width, height,
+bytes_before, bytes_after, bpp, seconds, and quality where one was searched for; last, of several files,
+{"summary": {...}}."""
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -253,7 +435,18 @@ _device = click.option(
 _weights = click.option(
     "--weights", metavar="FILE", type=click.Path(), help="A model to use instead of the installed one."
 )
+_quality = click.option(
+    "-q",
+    "--quality",
+    metavar="Q",
+    type=click.FloatRange(1, 8),
+    default=DEFAULT_QUALITY,
+    help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
+)
 _count = click.IntRange(min=1)
+_resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
+_jobs = click.option("-j", "--jobs", metavar="N", type=_count, default=1, help="Files to work on at once.")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON object per file, on a line of its own.")
 _max_pixels = click.option(
     "--max-pixels",
     metavar="N",
@@ -277,6 +470,7 @@ def main() -> None:
       vqcodec encode photo.png      writes photo.vq2
       vqcodec decode photo.vq2      writes photo.png
       vqcodec info photo.vq2        shows what is in the file
+      vqcodec compare photo.png     shows it beside JPEG, WebP and AVIF
       vqcodec encode --help         explains one command
 
     The model is part of the installation: nothing is downloaded.
@@ -285,28 +479,50 @@ def main() -> None:
         warnings.simplefilter("ignore")  # Pillow's, of what becomes an error or a warning of ours
 
 
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from vqcodec.targets import parse_size
+
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+_positive = click.FloatRange(0, min_open=True)
+
+
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
 @_inputs
 @_out
-@click.option(
-    "-q",
-    "--quality",
-    metavar="Q",
-    type=click.FloatRange(1, 8),
-    default=DEFAULT_QUALITY,
-    help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
-)
+@_quality
+@click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
+@click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
+@click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
+@_resume
+@_jobs
+@_json
 @_device
 @_weights
 @_max_pixels
+@click.pass_context
 def encode(
+    ctx: click.Context,
     inputs: tuple[str, ...],
     out: str | None,
     quality: float,
+    target_size: float | None,
+    target_bpp: float | None,
+    target_psnr: float | None,
     strip: bool,
     force: bool,
+    resume: bool,
+    jobs: int,
+    as_json: bool,
     device: str,
     weights: str | None,
     max_pixels: int,
@@ -317,44 +533,92 @@ def encode(
     Examples:
       vqcodec encode photo.png                  writes photo.vq2 beside it
       vqcodec encode -q 3.5 photo.png -o small.vq2
+      vqcodec encode --target-size 50kB photo.png
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
+      vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode - -o - < photo.png > photo.vq2
 
     INPUT may have any format that Pillow reads. Size, grey or colour, transparency, ICC profile, EXIF and XMP
     are kept. A warning tells what is changed or dropped, such as 16-bit samples, CMYK and further frames.
+
+    A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
+    the file at different qualities. If no quality meets it, the nearest is written, with a warning.
     """
-    jobs = _plan(inputs, out, ".vq2", force)
-    codec = _load(weights, device)
+    target = _target(ctx, {"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
+    plan = _plan_for(inputs, out, ".vq2", force, resume, as_json, _picture_endings)
+    codec = _load(weights, device, jobs)
+    _check_qualities(codec, [quality] if target is None else [])
+    from vqcodec.batch import Encode
+
+    _do(Encode(quality, target, strip, max_pixels), plan, codec, weights, jobs, force, as_json)
+
+
+def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
     try:
-        codec.level_for(quality)
+        for quality in qualities:
+            codec.level_for(quality)
     except ValueError as error:  # other weights may have fewer levels
         raise click.BadParameter(str(error), param_hint="--quality") from None
-    from vqcodec.image import read, stripped
 
-    def work(source: str, target: str) -> None:
-        started = time.monotonic()
-        with _blame(_title(source)), _bar(source) as progress:
-            with _open(source) as file:
-                picture = read(file, max_pixels)
-            if strip:
-                picture = stripped(picture)
-            data = codec.encode(picture, quality, progress=progress)
-        _write(target, data, force)
-        _warn(_title(source), picture.notes)
-        _summary(target, picture.pixels.shape, len(data), started)
 
-    _each(work, jobs)
+def _target(ctx: click.Context, targets: dict[Any, float | None]) -> "Target | None":
+    given = {kind: value for kind, value in targets.items() if value is not None}
+    if not given:
+        return None
+    by_user = ctx.get_parameter_source("quality") is not click.core.ParameterSource.DEFAULT
+    if len(given) + by_user > 1:
+        raise click.UsageError("give one of --quality, --target-size, --target-bpp and --target-psnr")
+    from vqcodec.targets import Target
+
+    try:
+        return Target(*next(iter(given.items())))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _picture_endings() -> Collection[str]:
+    from vqcodec.image import endings
+
+    return endings()
+
+
+def _plan_for(
+    inputs: Sequence[str],
+    out: str | None,
+    suffix: str,
+    force: bool,
+    resume: bool,
+    as_json: bool,
+    endings: Callable[[], Collection[str]],
+) -> _Plan:
+    plan = _plan(inputs, out, suffix, force, resume, endings)
+    if as_json and any(job.target == "-" for job in plan.jobs):
+        raise click.UsageError("--json and the file cannot both go to standard output: name a file with -o")
+    return plan
 
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
 @_inputs
 @_out
+@click.option("--preview", is_flag=True, help="Only the coarse grid: quick, blurred, unverified.")
 @_force
+@_resume
+@_jobs
+@_json
 @_device
 @_weights
 @_max_pixels
 def decode(
-    inputs: tuple[str, ...], out: str | None, force: bool, device: str, weights: str | None, max_pixels: int
+    inputs: tuple[str, ...],
+    out: str | None,
+    preview: bool,
+    force: bool,
+    resume: bool,
+    jobs: int,
+    as_json: bool,
+    device: str,
+    weights: str | None,
+    max_pixels: int,
 ) -> None:
     """Turn .vq2 files back into pictures.
 
@@ -362,49 +626,55 @@ def decode(
     Examples:
       vqcodec decode photo.vq2                  writes photo.png beside it
       vqcodec decode photo.vq2 -o photo.jpg     or .webp, .avif, .tiff, .bmp, .ppm
-      vqcodec decode *.vq2 -o pictures/         a PNG file for each, in a folder
+      vqcodec decode --preview half.vq2         what a truncated file still shows
+      vqcodec decode small/ -o pictures/        a PNG file for each, the same tree
       vqcodec decode - -o - < photo.vq2 > photo.png
 
     The format is the one that the name of OUT ends in, or else PNG. A warning tells what it cannot hold. A
     damaged file is refused: it never becomes a wrong picture.
+
+    --preview needs the beginning of the file only, as far as the end of its first grid; of a truncated file it shows
+    no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
+    first grid is mostly noticed, but not always.
     """
-    jobs = _plan(inputs, out, ".png", force)
-    format = os.path.splitext(jobs[0][1])[1][1:]  # several targets are all .png
+    plan = _plan_for(inputs, out, ".png", force, resume, as_json, lambda: {".vq2"})
+    format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
     from PIL import Image
 
     from vqcodec.image import from_pil, save
 
-    with _blame(jobs[0][1]):  # a format that cannot be written is better refused before the work
+    with _blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
         save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format)
-    codec = _load(weights, device)
-    from vqcodec.codec import decode_picture
+    codec = _load(weights, device, jobs)
+    from vqcodec.batch import Decode
 
-    def work(source: str, target: str) -> None:
-        started = time.monotonic()
-        with _blame(_title(source)), _bar(source) as progress:
-            with _open(source) as file:
-                data = file.read()
-            picture = decode_picture(codec, data, max_pixels, progress)
-        encoded = BytesIO()
-        with _blame(target):
-            notes = save(picture, encoded, format)
-        _write(target, encoded.getbuffer(), force)
-        _warn(target, notes)
-        _summary(target, picture.pixels.shape, encoded.tell(), started)
-
-    _each(work, jobs)
+    _do(Decode(format, preview, max_pixels), plan, codec, weights, jobs, force, as_json)
 
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per file, on a line of its own.")
-def info(files: tuple[str, ...], as_json: bool) -> None:
+@_json
+@click.option("--grids", metavar="PNG", type=click.Path(), help="Decode the one FILE and draw where its bits went.")
+@_force
+@_device
+@_weights
+@_max_pixels
+def info(
+    files: tuple[str, ...],
+    as_json: bool,
+    grids: str | None,
+    force: bool,
+    device: str,
+    weights: str | None,
+    max_pixels: int,
+) -> None:
     """Show what is in .vq2 files, without decoding them.
 
     \b
     Examples:
       vqcodec info photo.vq2
       vqcodec info --json *.vq2
+      vqcodec info --grids grids.png photo.vq2
 
     \b
     Fields of the JSON object:
@@ -420,17 +690,40 @@ def info(files: tuple[str, ...], as_json: bool) -> None:
                       alpha, icc, exif, xmp
 
     Damage to structure and metadata is noticed, damage to the picture itself only by decode.
+
+    --grids decodes the indices and writes a PNG file: for every grid a map of the bits that each cell took, black for
+    none to white for most, then the indices of each group as shades of grey. The last four options are for it.
     """
+    if grids is not None:
+        if len(files) > 1:
+            raise click.UsageError("--grids draws one file: give it one")
+        _refuse_clashes([_Job(files[0], grids)], force)
+    failed = False
+    for source in files:
+        try:
+            data = _read(source)
+            with _blame(_title(source)):
+                facts = {"file": source, **_facts(data)}
+            if as_json:
+                click.echo(json.dumps(facts))
+            else:
+                _show(facts)
+            if grids is not None:
+                _draw_grids(source, data, grids, force, _load(weights, device), max_pixels)
+        except Failure as failure:
+            failure.show()
+            failed = True
+    if failed:
+        raise click.exceptions.Exit(1)
 
-    def work(source: str) -> None:
-        with _blame(_title(source)), _open(source) as file:
-            facts = {"file": source, **_facts(file.read())}
-        if as_json:
-            click.echo(json.dumps(facts))
-        else:
-            _show(facts)
 
-    _each(work, [(file,) for file in files])
+def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Codec", max_pixels: int) -> None:
+    from vqcodec.look import draw_grids
+
+    drawn = BytesIO()
+    with _blame(_title(source)):
+        draw_grids(codec, data, max_pixels).save(drawn, "PNG")
+    _write(target, drawn.getbuffer(), force)
 
 
 def _facts(data: bytes) -> dict[str, Any]:
@@ -468,6 +761,145 @@ def _show(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(_printable(_title(facts["file"])), "bold"))
     console.print(table)
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("picture", metavar="PICTURE", type=click.Path())
+@click.option("-o", "--output", "out", metavar="HTML", type=click.Path(), help="Where to.  [default: beside PICTURE]")
+@click.option(
+    "-q",
+    "--quality",
+    "qualities",
+    metavar="Q",
+    type=click.FloatRange(1, 8),
+    multiple=True,
+    default=(1, 3, 5, 7),
+    help="As in encode; give it again for another row.",
+)
+@_force
+@_device
+@_weights
+@_max_pixels
+def compare(
+    picture: str,
+    out: str | None,
+    qualities: tuple[float, ...],
+    force: bool,
+    device: str,
+    weights: str | None,
+    max_pixels: int,
+) -> None:
+    """Show a picture beside its JPEG, WebP and AVIF of equal size.
+
+    \b
+    Examples:
+      vqcodec compare photo.png                 writes photo.html
+      vqcodec compare photo.png -q 2 -q 4.5 -o page.html
+
+    The page holds everything: the original, then for every quality the .vq2 file's picture and what the others
+    make of at most as many bytes, each with its size, its PSNR and, where libjxl's program ssimulacra2 is
+    installed, its SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
+    """
+    plan = _plan([picture], out, ".html", force)
+    ((source, target),) = plan.jobs
+    data = _read(source)
+    codec = _load(weights, device)
+    _check_qualities(codec, qualities)
+    from vqcodec.image import read
+    from vqcodec.look import compare as rows_of
+    from vqcodec.look import page
+
+    with _blame(_title(source)), _bar(source) as progress:
+        original, rows = read(data, max_pixels), []
+        for row in rows_of(codec, original, qualities):
+            rows.append(row)
+            if progress:
+                progress(len(rows) / len(qualities))
+    _write(target, page(os.path.basename(source), original, rows), force)
+    _warn(_title(source), original.notes)
+
+
+class _Dimensions(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        width, cross, height = str(value).lower().partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            self.fail(f"{value!r} is not a size in pixels: write it like 256x192", param, ctx)
+        return int(width), int(height)
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.option("-o", "--output", "out", metavar="OUT", type=click.Path(), required=True, help="Folder to write.")
+@click.option("-n", "--number", metavar="N", type=_count, default=1, help="Pictures to draw.")
+@click.option("--size", metavar="WxH", type=_Dimensions(), default="256x256", help="In pixels.")
+@_quality
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Of the first; others count on.")
+@click.option("--temperature", metavar="T", type=_positive, default=1.0, help="Below 1 for what is more likely.")
+@click.option("--top-from", metavar="VQ2", type=click.Path(), help="Keep this file's coarse grid, size and level.")
+@_force
+@_device
+@_weights
+@_max_pixels
+def sample(
+    out: str,
+    number: int,
+    size: tuple[int, int],
+    quality: float,
+    seed: int,
+    temperature: float,
+    top_from: str | None,
+    force: bool,
+    device: str,
+    weights: str | None,
+    max_pixels: int,
+) -> None:
+    """Draw pictures that the model's priors think likely.
+
+    \b
+    Examples:
+      vqcodec sample -n 4 --size 256x192 -o drawn/
+      vqcodec sample -n 4 --seed 1 --temperature 0.9 -o drawn/
+      vqcodec sample --top-from photo.vq2 -o drawn/   other details
+
+    Writes sample-0.png, sample-1.png, ... into the folder OUT, which is made if need be: the number is the seed, and
+    the same seed and options draw the same picture.
+    """
+    if size[0] * size[1] > max_pixels:
+        raise Failure(f"{size[0]} x {size[1]} pixels, the limit is {max_pixels}: raise it (--max-pixels)")
+    targets = {n: os.path.join(out, f"sample-{n}.png") for n in range(seed, seed + number)}
+    _refuse_clashes([_Job(top_from or "", target) for target in targets.values()], force)
+    top = None if top_from is None else _read(top_from)
+    codec = _load(weights, device)
+    _check_qualities(codec, [quality] if top is None else [])
+    for n, target in targets.items():
+        with _blame(_title(top_from or target)):
+            if top is None:
+                drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
+            else:
+                drawn = codec.sample_from(top, seed=n, temperature=temperature, max_pixels=max_pixels)
+        encoded = BytesIO()
+        drawn.save(encoded, "PNG")
+        _write(target, encoded.getbuffer(), force)
+        click.echo(_printable(target))
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes commands and options in a shell.
+
+    \b
+    Examples:
+      vqcodec completion bash >> ~/.bashrc
+      vqcodec completion zsh >> ~/.zshrc
+      vqcodec completion fish > ~/.config/fish/completions/vqcodec.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "vqcodec", "_VQCODEC_COMPLETE").source())
 
 
 _path = click.Path(path_type=Path)

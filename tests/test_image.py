@@ -16,6 +16,7 @@ from bitstream.errors import DamagedError, ImageError
 from vqcodec import image
 from vqcodec.image import (
     Picture,
+    endings,
     from_array,
     from_pil,
     pack_alpha,
@@ -588,3 +589,8 @@ def test_alpha_of_a_wrong_size_is_refused_before_pillow_sees_it(monkeypatch: pyt
     monkeypatch.setattr(image, "_open", lambda *_: pytest.fail("opened"))
     with pytest.raises(DamagedError, match="5 x 4"):
         unpack_alpha(pack_alpha(noise(40, 50)), 5, 4)
+
+
+def test_the_endings_are_those_of_pictures_that_can_be_read() -> None:
+    assert {".avif", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".webp"} <= endings()
+    assert not endings() & {".vq2", ".mpg", ".h5", ".pdf", ".txt"}

@@ -2,6 +2,7 @@
 
 >>> data = vqcodec.encode(image, quality=5)   # PIL image or uint8 array -> bytes of a .vq2 file
 >>> image = vqcodec.decode(data)              # -> PIL image
+>>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vqcodec.codec import Codec
+    from vqcodec.image import Picture
+    from vqcodec.targets import Reached, Target
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "decode", "encode"]
+__all__ = ["Codec", "Target", "decode", "encode", "encode_to"]
 
 DEFAULT_QUALITY = 5.0
 
@@ -28,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from vqcodec.codec import Codec
 
         return Codec
+    if name == "Target":
+        from vqcodec.targets import Target
+
+        return Target
     raise AttributeError(f"module 'vqcodec' has no attribute {name!r}")
 
 
@@ -40,12 +47,28 @@ def _codec(device: str) -> "Codec":
 
 
 def encode(
-    image: "Image.Image | ArrayLike", quality: float = DEFAULT_QUALITY, *, strip: bool = False, device: str = "auto"
+    image: "Image.Image | ArrayLike | Picture",
+    quality: float = DEFAULT_QUALITY,
+    *,
+    strip: bool = False,
+    device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
     return _codec(device).encode(image, quality, strip=strip)
 
 
-def decode(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto") -> "Image.Image":
+def encode_to(
+    image: "Image.Image | ArrayLike | Picture", target: "Target", *, strip: bool = False, device: str = "auto"
+) -> "Reached":
+    """Compress an image to a size, a rate or a PSNR with the shipped model: see ``Codec.encode_to``.
+
+    >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
+    """
+    return _codec(device).encode_to(image, target, strip=strip)
+
+
+def decode(
+    data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
+) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    return _codec(device).decode(data, max_pixels=max_pixels)
+    return _codec(device).decode(data, preview=preview, max_pixels=max_pixels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.models.wavefront import Choose, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
+from vqcodec.targets import Reached, Target, psnr, reach
 from vqcodec.weights import SHIPPED, fingerprint, from_file, load_weights, to_file
 
 Progress = Callable[[float], None]
@@ -75,39 +77,102 @@ class Codec:
         return encode_picture(self, stripped(picture) if strip else picture, quality, progress)
 
     def decode(
-        self, data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, progress: Progress | None = None
+        self,
+        data: bytes,
+        *,
+        preview: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        progress: Progress | None = None,
     ) -> Image.Image:
         """Decompress a .vq2 file: an image of mode L, RGB, LA or RGBA with its metadata in ``info``.
+
+        preview: decode the coarsest grid alone, which gives a blurred image of full size in a fraction of the time, of
+        a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
+        a preview is not verified.
 
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
         than ``max_pixels`` pixels.
         """
-        return to_pil(decode_picture(self, data, max_pixels, progress))
+        return to_pil(decode_picture(self, data, max_pixels, progress, preview))
 
-    def sample(self, width: int, height: int, quality: float = DEFAULT_QUALITY, *, seed: int = 0) -> Image.Image:
-        """Draw an image from the priors, by the walk that codes."""
+    def encode_to(
+        self,
+        image: "Image.Image | ArrayLike | Picture",
+        target: Target,
+        *,
+        strip: bool = False,
+        progress: Progress | None = None,
+    ) -> Reached:
+        """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
+
+        Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
+        progress: called with 0..1 for every file tried. Raises ImageError.
+        """
+        picture = image if isinstance(image, Picture) else _picture(image)
+        encoder = PictureEncoder(self, stripped(picture) if strip else picture)
+
+        def attempt(quality: float, level: int) -> tuple[bytes, float]:
+            data = encoder.encode(quality, progress, level - 1)
+            if target.kind == "psnr":
+                return data, psnr(encoder.picture.pixels, encoder.decoded())
+            scale = 8 / (encoder.width * encoder.height) if target.kind == "bpp" else 1
+            return data, scale * len(data)
+
+        return reach(target, attempt, self.model.config.levels)
+
+    def sample(
+        self,
+        width: int,
+        height: int,
+        quality: float = DEFAULT_QUALITY,
+        *,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> Image.Image:
+        """Draw an image from the priors, by the walk that codes.
+
+        temperature: below 1 the likely indices are drawn more often than the priors say, which gives calmer images.
+        """
         number, _ = self.level_for(quality)
-        cells, level = self.cells(height, width), torch.tensor([number], device=self.device)
+        return self._sample((height, width), number, [], seed, temperature)
+
+    def sample_from(
+        self, data: bytes, *, seed: int = 0, temperature: float = 1.0, max_pixels: int = DEFAULT_MAX_PIXELS
+    ) -> Image.Image:
+        """Keep the coarsest grid of a .vq2 file and draw the others. Raises BitstreamError, as a preview does."""
+        header, payload = container.unpack_coarsest(data, max_pixels=max_pixels)
+        grids = _pop_grids(self, header, [payload])
+        return self._sample((header.height, header.width), header.level - 1, grids, seed, temperature)
+
+    def _sample(
+        self, size: tuple[int, int], number: int, grids: list[Tensor], seed: int, temperature: float
+    ) -> Image.Image:
+        """An image of size (H, W) from grids that are given, coarsest first, and others that are drawn."""
+        cells, level = self.cells(*size), torch.tensor([number], device=self.device)
         generator = np.random.default_rng(seed)
 
         def draw(wave: Wave, group: int, logits: Floats) -> Indices:
-            ends = coding_tables(logits).cumsum(1)
+            # Whole steps again: the tables are made of integers.
+            ends = coding_tables(np.rint(logits / np.float32(temperature))).cumsum(1)
             return (generator.integers(ends[:, -1:], size=(len(ends), 1)) >= ends).sum(1)
 
-        grids: list[Tensor] = []
         with _exactly(self.device):
-            for k in range(len(self.model.priors)):
+            for k in range(len(grids), len(self.model.priors)):
                 grids.append(_fill(self, k, cells, grids, level, draw))
-        return Image.fromarray(_decode_pixels(self, grids, level)[:height, :width])
+        return Image.fromarray(_pixels(self, grids, number, size, ColourMode.RGB))
 
-    def level_for(self, quality: float) -> tuple[int, float]:
-        """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there."""
+    def level_for(self, quality: float, level: int | None = None) -> tuple[int, float]:
+        """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there.
+
+        level: to be taken instead of the nearest.
+        """
         lambdas = self.model.config.lambdas
         if not 1 <= quality <= len(lambdas):
             raise ValueError(f"quality {quality:g} is not in 1..{len(lambdas)}")
         if not self.model.config.rate_constrained:
             return 0, 0.0
-        level = min(int(quality + 0.5), len(lambdas)) - 1
+        if level is None:
+            level = min(int(quality + 0.5), len(lambdas)) - 1
         wanted = np.exp(np.interp(quality - 1, np.arange(len(lambdas)), np.log(lambdas)))
         return level, lambdas[level] / float(wanted)
 
@@ -123,10 +188,14 @@ class Codec:
         return -(-height // stride), -(-width // stride)
 
     def tiled(
-        self, network: Callable[..., Sequence[Tensor]], cells: tuple[int, int], *sources: Tensor | None
+        self,
+        network: Callable[..., Sequence[Tensor]],
+        cells: tuple[int, int],
+        *sources: Tensor | None,
+        size: tuple[int, int] | None = None,
     ) -> list[Tensor]:
         config = self.model.config
-        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device)
+        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device, size)
 
 
 def _picture(image: Any) -> Picture:
@@ -135,80 +204,180 @@ def _picture(image: Any) -> Picture:
 
 def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Progress | None = None) -> bytes:
     """The inverse of decode_picture, up to the loss."""
-    model = codec.model
-    number, rate_weight = codec.level_for(quality)
-    height, width = picture.pixels.shape[:2]
-    if max(height, width) > MAX_SIDE:
-        raise ImageError(f"the image has {width} x {height} pixels, the format holds up to {MAX_SIDE} a side")
-    cells, stride = codec.cells(height, width), model.config.stride
-    pad = (0, cells[0] * stride - height), (0, cells[1] * stride - width), (0, 0)
-    pixels = torch.from_numpy(np.pad(picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
-    level = torch.tensor([number], device=codec.device)
-    tell = _Steps(model, cells, progress)
-    grids: list[Tensor] = []
-    payloads: list[bytes] = []
-    context: Tensor | None = None
-    with _exactly(codec.device):
-        features = codec.tiled(lambda x: model.analyse(x.float() / 255, level), cells, pixels)
-        for k, book in enumerate(model.codebooks):
-            (z,) = codec.tiled(lambda f, c, k=k: [model.latent(k, f, c, level)], cells, features.pop(0), context)
-            context = None  # like the features, the largest of what is in memory
-            walk = _Encoding(book, z, rate_weight, tell)
-            grid = _fill(codec, k, cells, grids, level, walk.choose)
-            payloads.append(walk.payload())
-            if k + 1 < len(model.codebooks):
-                codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
-                (context,) = codec.tiled(lambda q, c, k=k: [model.decode_grid(k, q, c, level)], cells, codes, context)
-            grids.append(grid)
-    header = Header(number + 1, width, height, picture.colour, codec.fingerprint)
-    checksum = container.checksum(header, [grid[0].numpy() for grid in grids])
-    alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
-    return container.pack(
-        Container(header, checksum, tuple(payloads), alpha, picture.icc, picture.exif, picture.xmp)
-    )
+    return PictureEncoder(codec, picture).encode(quality, progress)
+
+
+class PictureEncoder:
+    """One picture on its way to a file, at any number of qualities.
+
+    What the networks find before the first walk hangs on the level alone: it is kept until another level is asked for.
+    """
+
+    def __init__(self, codec: Codec, picture: Picture) -> None:
+        self.height, self.width = picture.pixels.shape[:2]
+        if max(self.height, self.width) > MAX_SIDE:
+            raise ImageError(
+                f"the image has {self.width} x {self.height} pixels, the format holds up to {MAX_SIDE} a side"
+            )
+        self.codec, self.picture, self.cells = codec, picture, codec.cells(self.height, self.width)
+        self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
+        self.grids: list[Tensor] = []  # of the last file
+        self._level = torch.tensor([-1], device=codec.device)
+        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
+
+    def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
+        """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
+        codec, model = self.codec, self.codec.model
+        number, rate_weight = codec.level_for(quality, level)
+        tell = _Steps(model, self.cells, progress)
+        self.grids, payloads, context = [], [], None
+        with _exactly(codec.device):
+            self._analyse(number)
+            z = self._found[0]
+            for k, book in enumerate(model.codebooks):
+                if k:
+                    (z,) = codec.tiled(
+                        lambda f, c, k=k: [model.latent(k, f, c, self._level)], self.cells, self._found[k], context
+                    )
+                    context = None  # one of the largest of what is in memory
+                walk = _Encoding(book, z, rate_weight, tell)
+                grid = _fill(codec, k, self.cells, self.grids, self._level, walk.choose)
+                payloads.append(walk.payload())
+                if k + 1 < len(model.codebooks):
+                    codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
+                    (context,) = codec.tiled(
+                        lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)], self.cells, codes, context
+                    )
+                self.grids.append(grid)
+        picture = self.picture
+        header = Header(number + 1, self.width, self.height, picture.colour, codec.fingerprint)
+        checksum = container.checksum(header, [grid[0].numpy() for grid in self.grids])
+        return container.pack(
+            Container(header, checksum, tuple(payloads), self.alpha, picture.icc, picture.exif, picture.xmp)
+        )
+
+    def decoded(self) -> NDArray[np.uint8]:
+        """What the last file decodes to, (H, W, 3), without another walk."""
+        return _pixels(self.codec, self.grids, int(self._level), (self.height, self.width), self.picture.colour)
+
+    def _analyse(self, number: int) -> None:
+        """The networks' work on the level ``number`` (from 0), unless it is at hand."""
+        if number == int(self._level):
+            return
+        model, stride = self.codec.model, self.codec.model.config.stride
+        self._found, self._level = [], torch.tensor([number], device=self.codec.device)
+        pad = (0, self.cells[0] * stride - self.height), (0, self.cells[1] * stride - self.width), (0, 0)
+        pixels = torch.from_numpy(np.pad(self.picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
+
+        def analyse(x: Tensor) -> list[Tensor]:
+            return model.analyse(x.float() / 255, self._level)
+
+        def latent(features: Tensor) -> list[Tensor]:
+            return [model.latent(0, features, None, self._level)]
+
+        coarsest, *finer = self.codec.tiled(analyse, self.cells, pixels)
+        self._found = [*self.codec.tiled(latent, self.cells, coarsest), *finer]
 
 
 def decode_picture(
-    codec: Codec, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS, progress: Progress | None = None
+    codec: Codec,
+    data: bytes,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    progress: Progress | None = None,
+    preview: bool = False,
 ) -> Picture:
-    """The inverse of encode_picture, up to the loss. Raises BitstreamError."""
-    parts = container.unpack(data, max_pixels=max_pixels)
+    """The inverse of encode_picture, up to the loss. Raises BitstreamError.
+
+    preview: the coarsest grid alone, see ``Codec.decode``; the picture's notes say what a damaged file lacks.
+    """
+    notes: list[str] = []
+    try:
+        parts = container.unpack(data, max_pixels=max_pixels)
+    except DamagedError as error:
+        if not preview:
+            raise
+        header, payload = container.unpack_coarsest(data, max_pixels=max_pixels)
+        parts = Container(replace(header, colour=header.colour.opaque), 0, (payload,))
+        notes.append(f"only a preview without alpha and metadata can be shown ({error})")
     header = parts.header
     alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
-    grids = decode_indices(codec, parts, progress)
-    level = torch.tensor([header.level - 1], device=codec.device)
-    pixels = _decode_pixels(codec, grids, level)[: header.height, : header.width]
-    if header.colour in (ColourMode.GREY, ColourMode.GREY_ALPHA):
-        # The mean of the channels, rounded, in integers.
-        grey = (2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6
-        pixels = np.repeat(grey.astype(np.uint8), 3, axis=2)
-    return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp)
+    grids = _pop_grids(codec, header, parts.grids[:1], progress) if preview else decode_indices(codec, parts, progress)
+    pixels = _pixels(codec, grids, header.level - 1, (header.height, header.width), header.colour)
+    return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp, notes)
 
 
-def decode_indices(codec: Codec, parts: Container, progress: Progress | None = None) -> list[Tensor]:
-    """The index grids of a file, (1, M, h, w) each, checked against its checksum. Raises BitstreamError."""
-    model, header = codec.model, parts.header
+def decode_indices(
+    codec: Codec,
+    parts: Container,
+    progress: Progress | None = None,
+    bits: list[NDArray[np.float64]] | None = None,
+) -> list[Tensor]:
+    """The index grids of a file, (1, M, h, w) each, checked against its checksum. Raises BitstreamError.
+
+    bits: gets the ideal code length of every cell (h * w,), grid by grid.
+    """
+    if len(parts.grids) != len(codec.model.config.grids):
+        raise DamagedError(
+            f"{len(parts.grids)} grids, the model has {len(codec.model.config.grids)} grids: the file is damaged"
+        )
+    grids = _pop_grids(codec, parts.header, parts.grids, progress, bits)
+    container.verify(parts, [grid[0].numpy() for grid in grids])
+    return grids
+
+
+def examine(
+    codec: Codec, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> list[tuple[NDArray[np.int16], NDArray[np.float64]]]:
+    """Of each grid of a file the indices (M, h, w) and the bits of every cell (h, w). Raises BitstreamError."""
+    parts = container.unpack(data, max_pixels=max_pixels)
+    bits: list[NDArray[np.float64]] = []
+    grids = decode_indices(codec, parts, bits=bits)
+    return [(grid[0].numpy(), cells.reshape(grid.shape[2:])) for grid, cells in zip(grids, bits, strict=True)]
+
+
+def _pop_grids(
+    codec: Codec,
+    header: Header,
+    payloads: Sequence[bytes],
+    progress: Progress | None = None,
+    bits: list[NDArray[np.float64]] | None = None,
+) -> list[Tensor]:
+    """The index grids in payloads, coarsest first, (1, M, h, w) each, not yet checked against the checksum."""
+    model = codec.model
     if header.fingerprint != codec.fingerprint:
         raise ModelMismatchError(
             f"the file was written with model {header.fingerprint.hex()}, this installation has "
             f"{codec.fingerprint.hex()}: install the vqcodec version that wrote it, or pass its --weights"
         )
-    if header.level > model.config.levels or len(parts.grids) != len(model.config.grids):
-        raise DamagedError(
-            f"level {header.level} and {len(parts.grids)} grids, the model has {model.config.levels} levels and "
-            f"{len(model.config.grids)} grids: the file is damaged"
-        )
+    if header.level > model.config.levels:
+        raise DamagedError(f"level {header.level}, the model has {model.config.levels} levels: the file is damaged")
     cells = codec.cells(header.height, header.width)
     level = torch.tensor([header.level - 1], device=codec.device)
-    tell = _Steps(model, cells, progress)
+    tell = _Steps(model, cells, progress, len(payloads))
     grids: list[Tensor] = []
     with _exactly(codec.device):
-        for k, payload in enumerate(parts.grids):
+        for k, payload in enumerate(payloads):
             walk = _Decoding(payload, tell)
+            if bits is not None:
+                ratio = model.config.stride // model.config.grids[k].stride
+                walk.bits = np.zeros(cells[0] * ratio * cells[1] * ratio)
+                bits.append(walk.bits)
             grids.append(_fill(codec, k, cells, grids, level, walk.choose))
             walk.coder.finish()
-    container.verify(parts, [grid[0].numpy() for grid in grids])
     return grids
+
+
+def _pixels(
+    codec: Codec, grids: Sequence[Tensor], number: int, size: tuple[int, int], colour: ColourMode
+) -> NDArray[np.uint8]:
+    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0)."""
+    level = torch.tensor([number], device=codec.device)
+    pixels = _decode_pixels(codec, grids, level, size)
+    if colour.opaque == ColourMode.GREY:
+        # The mean of the channels, rounded, in integers.
+        grey = (2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6
+        pixels = np.repeat(grey.astype(np.uint8), 3, axis=2)
+    return pixels
 
 
 class _Encoding:
@@ -243,10 +412,15 @@ class _Decoding:
 
     def __init__(self, payload: bytes, tell: "_Steps") -> None:
         self.coder, self.tell = rans.Decoder(payload), tell
+        self.bits: NDArray[np.float64] | None = None  # of each cell, if somebody wants to know
 
     def choose(self, wave: Wave, group: int, logits: Floats) -> Indices:
         self.tell(len(logits))
-        return self.coder.pop(coding_tables(logits))
+        tables = coding_tables(logits)
+        index = self.coder.pop(tables)
+        if self.bits is not None:
+            self.bits[wave.cells] += rans.TOTAL_BITS - np.log2(np.take_along_axis(tables, index[:, None], 1)[:, 0])
+        return index
 
 
 def _fill(
@@ -267,15 +441,17 @@ def _fill(
     return torch.from_numpy(fill_grid(codec.prior(k, int(level)), shape, condition, choose))[None]
 
 
-def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor) -> NDArray[np.uint8]:
-    """The image (H, W, 3) of index grids, padding included."""
+def _decode_pixels(
+    codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The image (H, W, 3), (H, W) = size, of index grids."""
 
     def pixels(*indices: Tensor) -> list[Tensor]:
         return [(codec.model.decode(indices, level) * 255).round_().clamp_(0, 255).to(torch.uint8)]
 
     cells = (grids[0].shape[2], grids[0].shape[3])
     with _exactly(codec.device):
-        (x,) = codec.tiled(pixels, cells, *grids)
+        (x,) = codec.tiled(pixels, cells, *grids, size=size)
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 
@@ -289,9 +465,12 @@ def _exactly(device: torch.device) -> Iterator[None]:
 class _Steps:
     """Tells a progress function which part of the indices is coded."""
 
-    def __init__(self, model: VQVAE, cells: tuple[int, int], progress: Progress | None) -> None:
-        grids = [(grid.groups, model.config.stride // grid.stride) for grid in model.config.grids]
-        self.total = sum(groups * cells[0] * ratio * cells[1] * ratio for groups, ratio in grids)
+    def __init__(
+        self, model: VQVAE, cells: tuple[int, int], progress: Progress | None, grids: int | None = None
+    ) -> None:
+        """grids: how many are coded, None for all."""
+        layout = [(grid.groups, model.config.stride // grid.stride) for grid in model.config.grids[:grids]]
+        self.total = sum(groups * cells[0] * ratio * cells[1] * ratio for groups, ratio in layout)
         self.progress, self.done = progress, 0
 
     def __call__(self, indices: int) -> None:

@@ -76,6 +76,16 @@ def read(source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = DE
     return from_pil(image)
 
 
+# Pillow says what these are, and has no decoder for them.
+_WITHOUT_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+def endings() -> set[str]:
+    """Endings of the formats that Pillow reads, lower case, with their dots; .vq2 is none, it is encoded already."""
+    readable = Image.OPEN.keys() - _WITHOUT_DECODER - {"VQ2"}
+    return {ending for ending, format in Image.registered_extensions().items() if format in readable}
+
+
 def from_pil(image: Image.Image) -> Picture:
     """A Pillow image of any mode, loaded here if it is not yet. `image` keeps its pixels and mode.
 
@@ -320,7 +330,7 @@ def _bytes(metadata: Any) -> bytes | None:
     return metadata if metadata and isinstance(metadata, bytes) else None
 
 
-_EXIF_PREFIX = b"Exif\0\0"
+EXIF_PREFIX = b"Exif\0\0"
 
 # In a TIFF file the tags of EXIF stand among those that describe the file. These describe the picture.
 _DESCRIPTIVE_TAGS = (
@@ -351,8 +361,8 @@ def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
         exif = b"broken"
     if not exif:
         return None
-    while exif.startswith(_EXIF_PREFIX):  # some writers put it twice
-        exif = exif[len(_EXIF_PREFIX) :]
+    while exif.startswith(EXIF_PREFIX):  # some writers put it twice
+        exif = exif[len(EXIF_PREFIX) :]
     if exif[:4] in (b"II*\0", b"MM\0*"):
         return exif
     notes.append("the EXIF data is damaged and was dropped")
@@ -373,7 +383,7 @@ def to_pil(picture: Picture) -> Image.Image:
 
 def _info(picture: Picture) -> dict[str, bytes]:
     """The metadata under Pillow's names; only what is there."""
-    exif = picture.exif and _EXIF_PREFIX + picture.exif
+    exif = picture.exif and EXIF_PREFIX + picture.exif
     info = {"icc_profile": picture.icc, "exif": exif, "xmp": picture.xmp}
     return {key: value for key, value in info.items() if value}
 

@@ -13,7 +13,7 @@ PRODUCT = ModelConfig(
     blocks=2,
     grids=(
         GridConfig(16, groups=4, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
-        GridConfig(8, groups=12, dim=4, codes=256, prior=PriorConfig(128, blocks=3, hidden=96)),
+        GridConfig(8, groups=16, dim=6, codes=256, prior=PriorConfig(128, blocks=3, hidden=64)),
     ),
     linear_path=True,
 )

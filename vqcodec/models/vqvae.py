@@ -275,7 +275,7 @@ class VQVAE(nn.Module):
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, features, context, level)
             condition = None if coarser is None else self.condition(k, coarser, level)
-            index, straight, loss = self._quantize(k, z, condition, level, rate_weight, n)
+            index, straight, loss = self.quantize(k, z, condition, level, rate_weight, n)
             bits.append(self.code_lengths(k, index[:n], None if condition is None else condition[:n], level[:n]))
             penalty = penalty + loss
             if k and dropped is not None:
@@ -292,8 +292,8 @@ class VQVAE(nn.Module):
         lengths = [code_length(row, index[:, g]).sum((1, 2)) for g, row in enumerate(logits)]
         return torch.stack(lengths).sum(0)
 
-    def _quantize(
-        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float, n: int
+    def quantize(
+        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float, n: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,); the
         gradient of the rate comes from the first n samples and counts for all."""

@@ -1,0 +1,206 @@
+"""The work on one file after another, from bytes to bytes, in this process or in several.
+
+Why processes and not threads: a walk is a long chain of small operations, most of its Python needs the interpreter's
+lock, and two threads are no faster than one. Forked processes share the memory of the model they find at their start.
+"""
+
+import multiprocessing
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+import vqcodec.codec
+from bitstream.errors import VqcodecError
+from vqcodec.codec import Codec, Progress
+from vqcodec.image import read, save, stripped
+from vqcodec.targets import Target
+
+Job = TypeVar("Job")
+
+
+class WorkerError(VqcodecError):
+    """The machine's fault: the process that worked on a file has died."""
+
+
+class Made(NamedTuple):
+    """A finished file. notes: what the source has that it has not; losses: what its format cannot hold; quality: where
+    a target was searched; miss: how the target was missed."""
+
+    data: bytes
+    width: int
+    height: int
+    seconds: float
+    notes: Sequence[str] = ()
+    losses: Sequence[str] = ()
+    quality: float | None = None
+    miss: str = ""
+
+
+class Work(Protocol):
+    """Bytes of a file to bytes of another. Raises VqcodecError for a bad file."""
+
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made: ...
+
+
+@dataclass(frozen=True)
+class Encode:
+    """A picture file to a .vq2 file."""
+
+    quality: float
+    target: Target | None
+    strip: bool
+    max_pixels: int
+
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+        started = time.monotonic()
+        picture = read(data, self.max_pixels)
+        if self.strip:
+            picture = stripped(picture)
+        height, width = picture.pixels.shape[:2]
+        quality, miss = None, ""
+        if self.target is None:
+            encoded = codec.encode(picture, self.quality, progress=progress)
+        else:
+            reached = codec.encode_to(picture, self.target, progress=progress)
+            encoded, quality = reached.data, reached.quality
+            if not reached.met:
+                wanted, found = map(self.target.describe, (self.target.value, reached.value))
+                miss = f"{wanted} cannot be reached: the nearest is {found}, at quality {quality:.2f}"
+        return Made(encoded, width, height, time.monotonic() - started, picture.notes, (), quality, miss)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A .vq2 file to a picture file. format: as in ``vqcodec.image.save``; preview: as in ``Codec.decode``."""
+
+    format: str
+    preview: bool
+    max_pixels: int
+
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+        started = time.monotonic()
+        picture = vqcodec.codec.decode_picture(codec, data, self.max_pixels, progress, self.preview)
+        height, width = picture.pixels.shape[:2]
+        notes, encoded = list(picture.notes), BytesIO()
+        losses = save(picture, encoded, self.format)
+        return Made(encoded.getvalue(), width, height, time.monotonic() - started, notes, losses)
+
+
+# --- in several processes ---
+
+
+def spread(
+    work: Work,
+    jobs: Iterable[Job],
+    read: Callable[[Job], bytes],
+    codec: Codec,
+    weights: str | None,
+    workers: int,
+) -> Generator[tuple[Job, Callable[[], tuple[int, Made]]], None, None]:
+    """Does all jobs in worker processes of one thread each; yields them as they get done, with a function that returns
+    the size of the input and what was made of it, or raises.
+
+    read: gives the bytes of a job, in this process, a little ahead. weights: what ``codec`` was loaded from, for
+    systems where a new process does not inherit it. A worker that dies takes one job with it (WorkerError), no more.
+    """
+    waiting, suspects = iter(jobs), deque[tuple[Job, bytes]]()
+    running: dict[Future[Made], tuple[Job, bytes]] = {}
+    more, pool = True, _pool(codec, weights, workers)
+    try:
+        while True:
+            # After a death, those that may have been the cause go one at a time: the next one to die is guilty.
+            room = 1 if suspects else workers + 1
+            while len(running) < room and (suspects or more):
+                if suspects:
+                    job, data = suspects.popleft()
+                else:
+                    try:
+                        job = next(waiting)
+                    except StopIteration:
+                        more = False
+                        break
+                    try:
+                        data = read(job)
+                    except Exception as error:
+                        yield job, partial(_raise, error)
+                        continue
+                try:
+                    running[pool.submit(_work, work, data)] = job, data
+                except BrokenProcessPool:  # a death that nobody has been told of yet
+                    suspects.append((job, data))
+                    pool.shutdown()
+                    pool = _pool(codec, weights, workers)
+                    break
+            if not running:
+                if suspects or more:
+                    continue
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            dead = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
+            for future in done.difference(dead):
+                job, data = running.pop(future)
+                yield job, partial(_result, future, len(data))
+            if dead:
+                pool.shutdown()
+                pool = _pool(codec, weights, workers)
+                if len(running) == 1:
+                    ((job, _),) = running.values()
+                    yield job, partial(_raise, WorkerError("the process that worked on it died: give it more memory"))
+                else:
+                    suspects.extend(running.values())
+                running.clear()
+    except BaseException:  # an interrupt, for instance: nobody waits for what the workers are at
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Made], size: int) -> tuple[int, Made]:
+    return size, future.result()
+
+
+def _raise(error: Exception) -> tuple[int, Made]:
+    raise error
+
+
+_codec: Codec | None = None  # of this process, if it is a worker
+
+
+def _pool(codec: Codec, weights: str | None, workers: int) -> ProcessPoolExecutor:
+    """Worker processes, all started, with a codec in each."""
+    global _codec
+    # Threads and GPUs do not survive a fork: Linux on the CPU does it, with a single thread in this process.
+    forks = sys.platform == "linux" and codec.device.type == "cpu"
+    context = multiprocessing.get_context("fork" if forks else "spawn")
+    if forks:
+        codec.encode(np.zeros((1, 1), np.uint8), 1)  # the kernels are compiled here once, and not in every worker
+    _codec = codec if forks else None
+    pool = ProcessPoolExecutor(workers, context, _start, (weights, codec.device.type))
+    pool.submit(int).result()
+    return pool
+
+
+def _start(weights: str | None, device: str) -> None:
+    """A worker's first act."""
+    global _codec
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, without a word
+    torch.set_num_threads(1)
+    _codec = _codec or Codec.load(weights, device)
+
+
+def _work(work: Work, data: bytes) -> Made:
+    assert _codec is not None
+    return work(_codec, data)

@@ -1,0 +1,169 @@
+"""Pictures for the eye: a page that compares codecs at equal size, and a drawing of where a file's bits went."""
+
+import base64
+import html
+import io
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, features
+
+from vqcodec.codec import Codec, decode_picture, examine
+from vqcodec.image import Bytes, Picture, stripped
+from vqcodec.targets import psnr
+
+# --- vq2 beside what browsers show ---
+
+# Pillow's name of each rival, the feature it needs, and options that give small files at a bearable speed.
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "JPEG": ("jpg", {"optimize": True, "progressive": True}),
+    "WEBP": ("webp", {"method": 6}),
+    "AVIF": ("avif", {"speed": 6}),
+}
+QUALITIES = 101  # of all rivals: 0..100
+
+
+class Shown(NamedTuple):
+    """A picture on the page. file: in a format that browsers show; size: bytes of the codec's own file."""
+
+    title: str
+    file: bytes
+    kind: str
+    size: int
+    scores: dict[str, float]
+
+
+def _ssimulacra2(original: Bytes, decoded: Bytes) -> float | None:
+    """SSIMULACRA 2.1 by libjxl's program, the reference: 100 for equal images, 70 is high quality. None for what it
+    cannot measure, such as sides below 8 pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("original.png", "decoded.png")]
+        for file, pixels in zip(files, (original, decoded), strict=True):
+            file.write_bytes(_file(pixels, "PNG"))
+        ran = subprocess.run(["ssimulacra2", *files], capture_output=True, text=True)
+    return float(ran.stdout.split()[-1]) if ran.returncode == 0 else None
+
+
+def metrics() -> dict[str, Callable[[Bytes, Bytes], float | None]]:
+    """What this machine can measure."""
+    found: dict[str, Callable[[Bytes, Bytes], float | None]] = {"PSNR": psnr}
+    if shutil.which("ssimulacra2"):
+        found["SSIMULACRA2"] = _ssimulacra2
+    return found
+
+
+def compare(codec: Codec, picture: Picture, qualities: Sequence[float]) -> Iterator[list[Shown]]:
+    """For each quality ours, then each rival that this Pillow has, as large as it can be without being larger.
+
+    Pixels as one sees them: upright, in sRGB, without alpha.
+    """
+    pixels = stripped(picture).pixels
+    plain = Picture(pixels, picture.colour.opaque)
+    for quality in qualities:
+        data = codec.encode(plain, quality)
+        decoded = decode_picture(codec, data, max_pixels=pixels.size).pixels
+        row = [_shown(f"vq2, quality {quality:g}", pixels, _file(decoded, "PNG"), "png", len(data))]
+        for name, (feature, options) in RIVALS.items():
+            if features.check(feature):
+                file = _nearest(pixels, name, options, len(data))
+                row.append(_shown(name, pixels, file, name.lower(), len(file)))
+        yield row
+
+
+def _nearest(pixels: Bytes, name: str, options: dict[str, Any], size: int) -> bytes:
+    """The largest file of at most ``size`` bytes, or the smallest there is."""
+    low, high = 0, QUALITIES
+    best = _file(pixels, name, quality=0, **options)
+    while high - low > 1:
+        middle = (low + high) // 2
+        file = _file(pixels, name, quality=middle, **options)
+        if len(file) <= size:
+            low, best = middle, file
+        else:
+            high = middle
+    return best
+
+
+def _file(pixels: Bytes, name: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, name, **options)
+    return file.getvalue()
+
+
+def _shown(title: str, original: Bytes, file: bytes, kind: str, size: int) -> Shown:
+    with Image.open(io.BytesIO(file)) as image:
+        decoded = np.array(image.convert("RGB"))
+    scores = {name: metric(original, decoded) for name, metric in metrics().items()}
+    return Shown(title, file, kind, size, {name: score for name, score in scores.items() if score is not None})
+
+
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #fff; color: #111 }
+.row { display: flex; gap: 1em; margin-bottom: 1.5em; overflow-x: auto }
+figure { margin: 0 } img { display: block } figcaption { font-variant-numeric: tabular-nums }
+"""
+
+
+def page(name: str, picture: Picture, rows: Sequence[Sequence[Shown]]) -> bytes:
+    """A page of HTML with everything in it: the original, then a row for each quality."""
+    pixels = stripped(picture).pixels
+    file = _file(pixels, "PNG")
+    body = [f"<h1>{html.escape(name)}</h1>", '<div class="row">', _figure("original", file, "png", ""), "</div>"]
+    for row in rows:
+        body.append('<div class="row">')
+        for shown in row:
+            bpp = 8 * shown.size / (pixels.shape[0] * pixels.shape[1])
+            scores = "".join(f"<br>{metric} {value:.2f}" for metric, value in shown.scores.items())
+            facts = f"<br>{shown.size:,} bytes, {bpp:.3f} bpp{scores}"
+            body.append(_figure(shown.title, shown.file, shown.kind, facts))
+        body.append("</div>")
+    head = f'<!doctype html>\n<meta charset="utf-8"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
+    return "\n".join([head, *body, ""]).encode()
+
+
+def _figure(title: str, file: bytes, kind: str, facts: str) -> str:
+    data = base64.b64encode(file).decode()
+    caption = f"<figcaption><b>{title}</b>{facts}</figcaption>"
+    return f'<figure><img alt="{title}" src="data:image/{kind};base64,{data}">{caption}</figure>'
+
+
+# --- where the bits went ---
+
+TILE = 240  # pixels, the longer side of a map
+COLUMNS = 4
+CAPTION = 18
+
+
+def draw_grids(codec: Codec, data: bytes, max_pixels: int) -> Image.Image:
+    """A heat map of the bits in each cell, of every grid, then a map of the indices of each group. Raises
+    BitstreamError."""
+    maps: list[tuple[str, Bytes]] = []
+    drawn: list[tuple[str, Bytes]] = []
+    for k, (indices, bits) in enumerate(examine(codec, data, max_pixels), start=1):
+        most, codes = float(bits.max()), codec.model.config.grids[k - 1].codes
+        maps.append((f"grid{k}: {bits.mean():.1f} bits a cell, white {most:.0f}", _heat(bits / (most or 1))))
+        for m, group in enumerate(indices, start=1):
+            grey = np.repeat((group * (255 / (codes - 1))).astype(np.uint8)[..., None], 3, axis=2)
+            drawn.append((f"grid{k}, indices {m} of {len(indices)}", grey))
+    maps += drawn
+    h, w = maps[0][1].shape[:2]
+    tile = max(1, round(TILE * w / max(h, w))), max(1, round(TILE * h / max(h, w)))
+    step = max(tile[0], TILE) + 8, tile[1] + CAPTION + 8
+    sheet = Image.new("RGB", (COLUMNS * step[0], -(-len(maps) // COLUMNS) * step[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (caption, pixels) in enumerate(maps):
+        x, y = n % COLUMNS * step[0] + 4, n // COLUMNS * step[1] + 4
+        pen.text((x, y), caption, "black")
+        sheet.paste(Image.fromarray(pixels).resize(tile, Image.Resampling.NEAREST), (x, y + CAPTION))
+    return sheet
+
+
+def _heat(share: NDArray[np.float64]) -> Bytes:
+    """0..1 as black, red, yellow, white."""
+    return (255 * np.clip(3 * share[..., None] - np.arange(3), 0, 1)).astype(np.uint8)

@@ -1,0 +1,111 @@
+"""Pillow reads and writes .vq2 files once this module is imported.
+
+>>> import vqcodec.pillow
+>>> image = Image.open("photo.vq2")          # size, mode and metadata; the model is not loaded yet
+>>> image.load()                             # now it is
+>>> image.save("small.vq2", quality=3)
+
+Opening checks structure and metadata, loading the pixels. Both raise OSError for a bad file, as Pillow's own plugins
+do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its preview, without alpha and metadata.
+
+``image.draft(None, size)``, which ``Image.thumbnail`` calls, makes the image a quarter as large, from the preview
+alone, if that is not smaller than the size.
+
+Options of ``save``: quality, as in ``vqcodec.encode``; strip=True to leave metadata out; icc_profile, exif and xmp, as
+in Pillow's other formats, instead of the image's own, None for none. What the format cannot hold is a warning.
+"""
+
+import warnings
+from typing import IO, Any
+
+from PIL import Image, ImageFile
+
+import vqcodec
+from bitstream import container
+from bitstream.container import ColourMode
+from bitstream.errors import BitstreamError, DamagedError
+from vqcodec import DEFAULT_QUALITY
+from vqcodec.image import EXIF_PREFIX, from_pil
+
+MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
+DRAFT = 4  # a preview holds about this fraction of the detail
+NO_LIMIT = container.MAX_SIDE**2  # Pillow has a limit of its own, which it checks after opening
+
+
+class Vq2ImageFile(ImageFile.ImageFile):
+    format = "VQ2"
+    format_description = "vqcodec image"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        data, preview = self.fp.read(), False
+        try:
+            try:
+                parts = container.unpack(data, max_pixels=NO_LIMIT)
+                header = parts.header
+            except DamagedError:
+                if not ImageFile.LOAD_TRUNCATED_IMAGES:
+                    raise
+                header, _ = container.unpack_coarsest(data, max_pixels=NO_LIMIT)
+                preview = True
+        except BitstreamError as error:
+            raise OSError(str(error)) from error
+        self._mode = MODES[header.colour.opaque if preview else header.colour]
+        self._size = header.width, header.height
+        if not preview:
+            exif = parts.exif and EXIF_PREFIX + parts.exif
+            found = {"icc_profile": parts.icc, "exif": exif, "xmp": parts.xmp}
+            self.info.update({name: value for name, value in found.items() if value})
+        self._drafted = False
+        self._use(preview, 1)
+
+    def _use(self, preview: bool, scale: int) -> None:
+        self.tile = [ImageFile._Tile("vq2", (0, 0, *self.size), 0, (preview, scale))]
+
+    def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
+        """See the module. The mode stays as it is."""
+        width, height = self.size
+        late = self._drafted or not self.tile  # or loaded
+        if late or size is None or width < DRAFT * size[0] or height < DRAFT * size[1]:
+            return None
+        self._size = -(-width // DRAFT), -(-height // DRAFT)
+        self._drafted = True
+        self._use(True, DRAFT)
+        return self.mode, (0, 0, width / DRAFT, height / DRAFT)
+
+
+class _Decoder(ImageFile.PyDecoder):
+    _pulls_fd = True
+
+    def decode(self, buffer: Any) -> tuple[int, int]:
+        assert self.fd is not None
+        preview, scale = self.args
+        try:
+            image = vqcodec.decode(self.fd.read(), preview=preview, max_pixels=NO_LIMIT)
+        except BitstreamError as error:
+            raise OSError(str(error)) from error
+        self.set_as_raw(image.reduce(scale).tobytes() if scale > 1 else image.tobytes())
+        return -1, 0
+
+
+def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
+    options = image.encoderinfo
+    metadata = ("icc_profile", "exif", "xmp")
+    given: dict[str | tuple[int, int], Any] = {key: options[key] for key in metadata if key in options}
+    if given:
+        if isinstance(given.get("exif"), Image.Exif):
+            given["exif"] = given["exif"].tobytes()
+        image = image.copy()  # the caller keeps its own
+        image.info = {**image.info, **given}
+    picture = from_pil(image)
+    for note in picture.notes:
+        warnings.warn(note, stacklevel=4)  # the caller of Image.save
+    quality, strip = options.get("quality", DEFAULT_QUALITY), options.get("strip", False)
+    file.write(vqcodec.encode(picture, quality, strip=strip))
+
+
+Image.register_open(Vq2ImageFile.format, Vq2ImageFile, lambda prefix: prefix.startswith(container.MAGIC))
+Image.register_save(Vq2ImageFile.format, _save)
+Image.register_decoder("vq2", _Decoder)
+Image.register_extension(Vq2ImageFile.format, ".vq2")
+Image.register_mime(Vq2ImageFile.format, "image/x-vq2")
