@@ -2,7 +2,8 @@
 
 A file is a header of 25 bytes, then chunks, then an end mark. Numbers are unsigned and little-endian. To
 *refuse* is to raise the named error of `bitstream.errors`, and to do so before memory is allocated in
-proportion to a number that was read from the file.
+proportion to a number that was read from the file. How a model turns indices into the next index's logits, and
+what of it lies where in a weights file, is in FORMAT.md.
 
 
 1. Header
@@ -22,8 +23,13 @@ offset  size  field        meaning and allowed range                            
 
 The magic is checked first, then the version; a file that ends within the header is refused with DamagedError.
 Every size that can be written is valid, but width times height may not exceed a limit that the caller of the
-decoder sets, 2^28 pixels unless told otherwise; this is checked before the chunks are looked at. Fingerprint,
-level and checksum are checked by whoever holds the model.
+decoder sets, 2^28 pixels unless told otherwise (LimitError), and the file has at least one byte for every 16
+blocks of 16 x 16 pixels (DamagedError)::
+
+    least size in bytes = ceil(ceil(width / 16) * ceil(height / 16) / 16)
+
+This is checked in this order before the chunks are looked at, so what a decoder spends is in proportion to what
+it was given. Fingerprint, level and checksum are checked by whoever holds the model.
 
 
 2. Colour modes
@@ -52,12 +58,14 @@ type        name   payload
 0x42        icc    the image's ICC profile
 0x43        exif   the image's EXIF block
 0x44        xmp    the image's XMP packet
-0x7F        end    none, and no length: this byte is the last of the file
+0x7F        end    none, and no length: the file ends here, or with the padding behind
 ==========  =====  ==========================================================================
 
 A decoder refuses the file with DamagedError unless all of these hold:
 
-- every type is in the table, every payload is within the file, and nothing follows the end mark;
+- every type is in the table, and every payload is within the file;
+- behind the end mark are as many zero bytes as the least size of section 1 asks for, mostly none, and nothing
+  else;
 - types ascend strictly, so that no chunk comes twice;
 - grids are numbered from 1 without a gap, at least one, and as many as the model has (in a model of two
   grids, 1 is "top" and 2 is "bottom"); the other chunks are optional;
@@ -65,13 +73,17 @@ A decoder refuses the file with DamagedError unless all of these hold:
 - the payload of an optional chunk ends with 4 bytes, counted in its length, that are the CRC-32 of its type
   byte and of the content before them.
 
+A program may show the coarsest grid alone as a preview, of a damaged or truncated file too, if the header, the
+limits of section 1, the first chunk and the end of its payload (section 7) are in order; it must not pass for
+the image, because the checksum covers all grids.
+
 The version byte is the only extension mechanism: a new chunk type needs a new version.
 
 
 4. Fingerprint and checksum
 
-The fingerprint is the first 8 bytes of the SHA-256 of the strides, the priors' weights and the codebooks, of all
-that must be equal to read the indices; `vqcodec.weights.fingerprint` says in which form.
+The fingerprint is the first 8 bytes of the SHA-256 of the strides, the priors' weights and the codebooks, of all that
+must be equal to read the indices; FORMAT.md says in which form.
 
 The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the decoded
 index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w). It covers what was decoded, not
@@ -139,6 +151,7 @@ OPTIONAL_CHUNKS = {"alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in 
 END = 0x7F
 
 DEFAULT_MAX_PIXELS = 2**28
+BLOCK, BLOCKS_PER_BYTE = 16, 16  # a file has a byte for every 16 blocks of 16 x 16 pixels
 
 
 class ColourMode(IntEnum):
@@ -150,6 +163,11 @@ class ColourMode(IntEnum):
     @property
     def has_alpha(self) -> bool:
         return self in (ColourMode.GREY_ALPHA, ColourMode.RGBA)
+
+    @property
+    def opaque(self) -> "ColourMode":
+        """The mode without its alpha."""
+        return ColourMode.GREY if self in (ColourMode.GREY, ColourMode.GREY_ALPHA) else ColourMode.RGB
 
 
 @dataclass(frozen=True)
@@ -209,25 +227,20 @@ def pack(container: Container) -> bytes:
         content: bytes | None = getattr(container, name)
         if content is not None:
             parts += [bytes([kind]), _varint(len(content) + 4), content, _crc(kind, content)]
-    return b"".join([*parts, bytes([END])])
+    return b"".join([*parts, bytes([END])]).ljust(_least_size(container.header), b"\0")
 
 
 def unpack(data: bytes | bytearray | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Container:
     """The inverse of `pack`.
 
     Guarantees: whatever the bytes, it returns or raises a BitstreamError.  The header is checked before the
-    limit, the limit before the chunks, and nothing is copied before all lengths and chunk CRCs are in order.
+    limits, the limits before the chunks, and nothing is copied before all lengths and chunk CRCs are in order.
     Requirement: the indices decoded from the grids are passed to `verify`.
     """
     data = memoryview(data).cast("B")
-    header, stored = _parse_header(data)
-    if header.width * header.height > max_pixels:
-        raise LimitError(
-            f"the image has {header.width} x {header.height} pixels, the limit is {max_pixels}: "
-            "raise it (--max-pixels) if you trust the file"
-        )
+    header, stored, least = _checked_header(data, max_pixels)
     chunks: dict[int, memoryview] = {}
-    for kind, payload in _parse_chunks(data):
+    for kind, payload in _parse_chunks(data, least):
         known = kind <= MAX_GRIDS or kind in OPTIONAL_CHUNKS.values()
         if not known or kind <= max(chunks, default=0):
             raise DamagedError(f"chunk 0x{kind:02X} is unknown, repeated or out of order: damaged file")
@@ -242,6 +255,22 @@ def unpack(data: bytes | bytearray | memoryview, *, max_pixels: int = DEFAULT_MA
         return Container(header, stored, tuple(map(bytes, grids)), **copies)
     except ValueError as error:
         raise DamagedError(f"{error}: the file is damaged") from None
+
+
+def unpack_coarsest(
+    data: bytes | bytearray | memoryview, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[Header, bytes]:
+    """Header and payload of the coarsest grid, of a file that may be cut off anywhere behind it: for a preview.
+
+    Guarantees: those of `unpack`.  What comes behind is not looked at, and without it the checksum cannot be
+    verified: wrong indices are noticed only by a coder that is not empty after the last one.
+    """
+    data = memoryview(data).cast("B")
+    header, _, least = _checked_header(data, max_pixels)
+    kind, payload = next(_parse_chunks(data, least), (END, data[:0]))
+    if kind != 1:
+        raise DamagedError("the coarsest index grid is missing: the file is damaged")
+    return header, bytes(payload)
 
 
 def checksum(header: Header, grids: "Sequence[NDArray[Any]]") -> int:
@@ -265,6 +294,29 @@ def verify(container: Container, grids: "Sequence[NDArray[Any]]") -> None:
             "decoded indices do not match the file's checksum "
             f"(stored {container.checksum:08x}, computed {computed:08x}): the file is damaged"
         )
+
+
+def _checked_header(data: memoryview, max_pixels: int) -> tuple[Header, int, int]:
+    """Header, checksum and least size of a file that is within the limits."""
+    header, stored = _parse_header(data)
+    if header.width * header.height > max_pixels:
+        raise LimitError(
+            f"the image has {header.width} x {header.height} pixels, the limit is {max_pixels}: "
+            "raise it (--max-pixels) if you trust the file"
+        )
+    least = _least_size(header)
+    if len(data) < least:
+        raise DamagedError(
+            f"the file has {len(data)} bytes, one of {header.width} x {header.height} pixels at least {least}: "
+            "it is damaged or truncated"
+        )
+    return header, stored, least
+
+
+def _least_size(header: Header) -> int:
+    """Bytes that a file of this size has at least; it is padded to that."""
+    blocks = -(-header.width // BLOCK) * -(-header.height // BLOCK)
+    return -(-blocks // BLOCKS_PER_BYTE)
 
 
 def _header_bytes(header: Header) -> bytes:
@@ -299,15 +351,16 @@ def _parse_header(data: memoryview) -> tuple[Header, int]:
     return header, int.from_bytes(data[21:25], "little")
 
 
-def _parse_chunks(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Type and payload of each chunk up to the end mark, which must be the end of `data`."""
+def _parse_chunks(data: memoryview, least: int) -> Iterator[tuple[int, memoryview]]:
+    """Type and payload of each chunk up to the end mark, which must end `data` but for zeros up to `least` bytes."""
     position = HEADER_BYTES
     while position < len(data):
         kind = data[position]
         position += 1
         if kind == END:
-            if position < len(data):
-                raise DamagedError(f"{len(data) - position} bytes follow the end mark: the file is damaged")
+            rest = data[position:]
+            if rest and (len(data) > least or any(rest)):
+                raise DamagedError(f"{len(rest)} wrong bytes follow the end mark: the file is damaged")
             return
         length, position = _parse_varint(data, position)
         left = len(data) - position

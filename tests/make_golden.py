@@ -1,15 +1,21 @@
-"""Writes the golden files: `python tests/make_golden.py`. Their promise is that they decode forever, so an existing
-file is never replaced; a new case is added by adding it here."""
+"""Writes the conformance set: `python tests/make_golden.py`.
 
+decode/: files that every later version decodes to the same indices, whose CRC-32 is in decode.txt. refuse/: files that
+every later version refuses, one for each way to be wrong; refuse.txt says with which error. An existing file is never
+replaced; a new case is added by adding it here.
+"""
+
+import dataclasses
+import zlib
 from pathlib import Path
 
 import numpy as np
 from tiny_model import GOLDEN, WEIGHTS
 
 from bitstream import container
-from bitstream.container import ColourMode
+from bitstream.container import ColourMode, Container, Header
 from vqcodec.codec import Codec, decode_indices
-from vqcodec.image import Picture, read
+from vqcodec.image import Picture, pack_alpha, read
 
 IMAGES = Path(__file__).parent / "images"
 
@@ -20,6 +26,8 @@ def pictures() -> dict[str, tuple[Picture, float]]:
     pixels = photo.pixels
     grey = np.repeat(pixels[..., 1:2], 3, axis=2)
     alpha = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    metadata = b"an ICC profile", b"MM\0*\0\0\0\x08\0\0", b"<x:xmpmeta/>"
     return {
         "one-pixel": (Picture(pixels[:1, :1], ColourMode.RGB), 2),
         "one-row": (Picture(pixels[:1], ColourMode.RGB), 3),
@@ -32,25 +40,150 @@ def pictures() -> dict[str, tuple[Picture, float]]:
         "grey": (Picture(grey[:48, :48], ColourMode.GREY), 2),
         "grey-alpha": (Picture(grey[:40, :48], ColourMode.GREY_ALPHA, alpha), 2),
         "rgba": (Picture(pixels[:40, :48], ColourMode.RGBA, alpha), 3),
-        "metadata": (
-            Picture(pixels[:32, :32], ColourMode.RGB, None, b"an ICC profile", b"MM\0*\0\0\0\x08\0\0", b"<x:xmpmeta/>"),
-            2,
-        ),
+        "metadata": (Picture(pixels[:32, :32], ColourMode.RGB, None, *metadata), 2),
+        "noise": (Picture(noise, ColourMode.RGB), 3),
+        "long-700x20": (Picture(np.tile(pixels[:20], (1, 8, 1))[:, :700], ColourMode.RGB), 2),
+        "thin-5x600": (Picture(np.tile(pixels[:, :5], (9, 1, 1))[:600], ColourMode.RGB), 2),
+        "every-chunk": (Picture(pixels[:40, :48], ColourMode.RGBA, alpha, *metadata), 1),
     }
+
+
+def padded(codec: Codec, width: int, height: int) -> bytes:
+    """The smallest file of a size, so small that it is padded: every index is 0, which costs no byte of payload."""
+    header = Header(1, width, height, ColourMode.RGB, codec.fingerprint)
+    cells = codec.cells(header.height, header.width)
+    ratios = [codec.model.config.stride // grid.stride for grid in codec.model.config.grids]
+    grids = [
+        np.zeros((grid.groups, cells[0] * ratio, cells[1] * ratio), np.uint16)
+        for grid, ratio in zip(codec.model.config.grids, ratios, strict=True)
+    ]
+    return container.pack(Container(header, container.checksum(header, grids), (b"",) * len(grids)))
+
+
+def chunk(kind: int, payload: bytes) -> bytes:
+    """A chunk of up to 127 bytes."""
+    return bytes([kind, len(payload)]) + payload
+
+
+def sealed(kind: int, content: bytes) -> bytes:
+    return chunk(kind, content + zlib.crc32(bytes([kind]) + content).to_bytes(4, "little"))
+
+
+def mistakes() -> dict[str, tuple[str, bytes]]:
+    """Name -> the error of a file that is wrong in this way alone, and the file."""
+    golden = {path.stem: path.read_bytes() for path in (GOLDEN / "decode").glob("*.vq2")}
+    good, padding, rich = golden["grey"], golden["padded"], golden["every-chunk"]
+    parts, full = container.unpack(good), container.unpack(rich)
+    assert full.alpha and full.icc and full.exif and full.xmp
+    head, (top, bottom), end = good[:25], parts.grids, b"\x7f"
+    grid1, grid2 = chunk(1, top), chunk(2, bottom)
+    assert head + grid1 + grid2 + end == good
+    rich_head, rich_grids = rich[:25], chunk(1, full.grids[0]) + chunk(2, full.grids[1])
+    icc, exif, xmp = sealed(0x42, full.icc), sealed(0x43, full.exif), sealed(0x44, full.xmp)
+
+    def patched(data: bytes, at: int, new: bytes) -> bytes:
+        return data[:at] + new + data[at + len(new) :]
+
+    def flipped(data: bytes, at: int) -> bytes:
+        return patched(data, at, bytes([data[at] ^ 1]))
+
+    def with_alpha(plane: bytes) -> bytes:
+        return container.pack(dataclasses.replace(full, alpha=plane, icc=None, exif=None, xmp=None))
+
+    def with_grids(*payloads: bytes) -> bytes:
+        return container.pack(dataclasses.replace(parts, grids=payloads))
+
+    plane = np.zeros((40, 48), np.uint8)
+    damaged = {
+        "header-cut": good[:24],
+        "header-level-0": patched(good, 5, b"\0"),
+        "header-level-the-model-has-not": patched(good, 5, b"\4"),
+        "header-level-changed": patched(good, 5, b"\1"),
+        "header-colour-4": patched(good, 6, b"\4"),
+        "header-colour-changed": patched(good, 6, b"\1"),
+        "header-width-changed": patched(good, 7, b"\x2e"),
+        "header-height-changed": patched(good, 10, b"\x2e"),
+        "header-checksum-changed": flipped(good, 21),
+        "size-too-small-for-the-picture": patched(good, 7, b"\xff\x03\0\xff\x03\0"),
+        "chunks-none": head + end,
+        "chunk-type-0": head + chunk(0, b"") + grid1 + grid2 + end,
+        "chunk-type-unknown": head + grid1 + grid2 + sealed(0x45, b"unknown") + end,
+        "chunk-longer-than-the-file": head + grid1 + bytes([2, 127]) + bottom + end,
+        "chunk-of-32-gigabytes": head + grid1 + b"\2\xff\xff\xff\xff\x7f" + bottom + end,
+        "length-not-minimal": head + grid1 + bytes([2, len(bottom) | 0x80, 0]) + bottom + end,
+        "length-of-6-bytes": head + grid1 + b"\2\x80\x80\x80\x80\x80\1" + bottom + end,
+        "length-cut": head + grid1 + b"\2\x80",
+        "end-missing": good[:-1],
+        "end-repeated": good + end,
+        "end-followed-by-zero": good + b"\0",
+        "padding-missing": padding.rstrip(b"\0"),
+        "padding-too-short": padding[:-1],
+        "padding-too-long": padding + b"\0",
+        "padding-not-zero": padding[:-1] + b"\1",
+        "grid-1-missing": head + grid2 + end,
+        "grid-2-missing": head + grid1 + end,
+        "grid-gap": head + grid1 + chunk(3, bottom) + end,
+        "grid-repeated": head + grid1 + grid2 + grid2 + end,
+        "grids-in-wrong-order": head + grid2 + grid1 + end,
+        "grids-exchanged": with_grids(bottom, top),
+        "grid-the-model-has-not": with_grids(top, bottom, b""),
+        "payload-not-whole-words": with_grids(top, bottom[:-1]),
+        "payload-ends-in-a-zero-word": with_grids(top, bottom + bytes(4)),
+        "payload-empty": with_grids(top, b""),
+        "payload-one-word-short": with_grids(top, bottom[4:]),
+        "payload-one-word-long": with_grids(top, b"\1\2\3\4" + bottom),
+        "payload-bit-flipped": with_grids(top, flipped(bottom, len(bottom) // 2)),
+        "alpha-missing": rich_head + rich_grids + end,
+        "alpha-without-a-mode-for-it": head + grid1 + grid2 + sealed(0x41, b"alpha") + end,
+        "alpha-crc-wrong": container.pack(dataclasses.replace(full, icc=None, exif=None, xmp=None))[:-2] + b"!\x7f",
+        "alpha-not-a-png-file": with_alpha(b"P5 48 40 255 " + bytes(48 * 40)),
+        "alpha-of-another-size": with_alpha(pack_alpha(plane[:39])),
+        "alpha-cut": with_alpha(full.alpha[: len(full.alpha) // 2]),
+        "alpha-in-16-bit": with_alpha(patched(full.alpha, 24, b"\x10")),
+        "alpha-in-colour": with_alpha(patched(full.alpha, 25, b"\2")),
+        "icc-crc-wrong": head + grid1 + grid2 + icc[:-1] + b"!" + end,
+        "icc-shorter-than-a-crc": head + grid1 + grid2 + chunk(0x42, b"icc") + end,
+        "icc-repeated": head + grid1 + grid2 + icc + icc + end,
+        "icc-before-the-grids": head + icc + grid1 + grid2 + end,
+        "exif-crc-wrong": head + grid1 + grid2 + exif[:-1] + b"!" + end,
+        "exif-before-icc": head + grid1 + grid2 + exif + icc + end,
+        "xmp-crc-wrong": head + grid1 + grid2 + xmp[:-1] + b"!" + end,
+    }
+    other = {
+        "NotVq2Error": {
+            "nothing": b"",
+            "magic-of-png": b"\x89PNG\r\n\x1a\n" + good[8:],
+            "magic-bit-flipped": flipped(good, 3),
+            "magic-cut": good[:3],
+        },
+        "UnsupportedVersionError": {"version-0": patched(good, 4, b"\0"), "version-2": patched(good, 4, b"\2")},
+        "ModelMismatchError": {"model-of-another-name": flipped(good, 13)},
+        "LimitError": {"pixels-more-than-the-limit": patched(good, 7, b"\xff" * 6)},
+    }
+    by_error = {"DamagedError": damaged, **other}
+    return {name: (error, data) for error, files in by_error.items() for name, data in files.items()}
 
 
 def main() -> None:
     codec = Codec.load(WEIGHTS, "cpu")
-    folder, lines = GOLDEN / "decode", []
-    folder.mkdir(exist_ok=True)
-    for name, (picture, quality) in pictures().items():
-        path = folder / f"{name}.vq2"
+
+    def keep(folder: str, name: str, data: bytes) -> Path:
+        path = GOLDEN / folder / f"{name}.vq2"
+        path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            path.write_bytes(codec.encode(picture, quality))
+            path.write_bytes(data)
+        return path
+
+    files = {name: codec.encode(picture, quality) for name, (picture, quality) in pictures().items()}
+    lines = []
+    for name, data in {**files, "padded": padded(codec, 4096, 32)}.items():
+        path = keep("decode", name, data)
         parts = container.unpack(path.read_bytes())
         grids = [grid[0].numpy() for grid in decode_indices(codec, parts)]
         lines.append(f"{container.checksum(parts.header, grids):08x} {path.name}\n")
     (GOLDEN / "decode.txt").write_text("".join(lines))
+    table = [f"{error} {keep('refuse', name, data).name}\n" for name, (error, data) in mistakes().items()]
+    (GOLDEN / "refuse.txt").write_text("".join(table))
 
 
 if __name__ == "__main__":

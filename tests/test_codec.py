@@ -304,3 +304,17 @@ def test_an_encoder_gives_the_same_file_whatever_it_has_encoded_before(codec: Co
         data = encoder.encode(quality)
         assert data == codec.encode(picture, quality)
         assert encoder.decoded().tobytes() == codec.decode(data).tobytes()
+
+
+def test_effort_gives_a_better_file_that_decodes_like_any_other(codec: Codec) -> None:
+    image = Image.open(PHOTO)
+    weight, pixels = codec.model.config.lambdas[1], np.asarray(image, float)
+
+    def cost(effort: int) -> float:
+        data = codec.encode(image, 2, effort=effort)
+        error = np.square(np.asarray(codec.decode(data), float) - pixels).mean()
+        return weight * error + 8 * len(data) / (image.width * image.height)
+
+    assert cost(1) < cost(0)
+    with pytest.raises(ValueError, match="effort 4"):
+        codec.encode(image, 2, effort=4)

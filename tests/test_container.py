@@ -21,18 +21,21 @@ from bitstream import errors, rans
 from bitstream.container import ColourMode, Container, Header, checksum, pack, unpack, verify
 from bitstream.errors import BitstreamError, DamagedError, LimitError
 
-HEADER = Header(level=3, width=768, height=512, colour=ColourMode.RGB, fingerprint=b"weights!")
+HEADER = Header(level=3, width=96, height=64, colour=ColourMode.RGB, fingerprint=b"weights!")
 GRIDS = [np.arange(24).reshape(2, 3, 4), np.arange(96).reshape(2, 6, 8) * 5]
 RGB = Container(HEADER, checksum(HEADER, GRIDS), (b"top ", b"bottom  "))
 
 
+# Sizes that need up to 64 bytes of padding.
+sizes = st.tuples(st.integers(1, 2**14), st.integers(1, 2**14)).map(lambda s: (s[0], min(s[1], 2**18 // s[0])))
+
+
 @st.composite
 def containers(draw: st.DrawFn) -> Container:
-    sides, contents = st.integers(1, 2**24), st.binary(max_size=300)
-    fingerprints = st.binary(min_size=8, max_size=8)
-    colour = draw(st.sampled_from(ColourMode))
+    contents, fingerprints = st.binary(max_size=300), st.binary(min_size=8, max_size=8)
+    colour, sides = draw(st.sampled_from(ColourMode)), draw(sizes.flatmap(st.permutations))
     return Container(
-        Header(draw(st.integers(1, 255)), draw(sides), draw(sides), colour, draw(fingerprints)),
+        Header(draw(st.integers(1, 255)), *sides, colour, draw(fingerprints)),
         draw(st.integers(0, 2**32 - 1)),
         tuple(draw(st.lists(contents, min_size=1, max_size=8))),
         alpha=draw(contents) if colour.has_alpha else None,
@@ -103,7 +106,8 @@ def test_the_header_is_as_specified() -> None:
 def test_a_header_field_out_of_range_is_refused_as_specified() -> None:
     elsewhere = {"height": "LimitError", "fingerprint": "ModelMismatchError", "checksum": "DamagedError"}
     wrong = {"magic": b"\x89PNG", "version": b"\2", "level": b"\0", "colour": b"\4", "width": b"\xff" * 3}
-    data = pack(dataclasses.replace(RGB, header=dataclasses.replace(HEADER, height=2**24)))
+    data = pack(dataclasses.replace(RGB, header=dataclasses.replace(HEADER, height=1)))
+    data = data[:10] + b"\xff" * 3 + data[13:]
     for row, size, field, _, error in documented("Header"):
         start, end = int(row), int(row) + int(size)
         if field in wrong:
@@ -132,6 +136,8 @@ def test_the_constants_in_the_text_are_those_of_the_code() -> None:
     assert f"It has at most {spec.MAX_VARINT_BYTES} bytes" in text
     assert f"2^{spec.DEFAULT_MAX_PIXELS.bit_length() - 1} pixels unless told otherwise" in text
     assert f"so 1..2^{spec.MAX_SIDE.bit_length() - 1} pixels" in text
+    assert f"for every {spec.BLOCKS_PER_BYTE} blocks of {spec.BLOCK} x {spec.BLOCK} pixels" in text
+    assert f"ceil(ceil(width / {spec.BLOCK}) * ceil(height / {spec.BLOCK}) / {spec.BLOCKS_PER_BYTE})" in text
     assert f"of the {spec.HEADER_BYTES - 4} header bytes before it" in text
     assert f"first {spec.FINGERPRINT_BYTES} bytes of the SHA-256" in text
 
@@ -309,16 +315,46 @@ def test_alpha_comes_exactly_with_a_colour_mode_that_has_alpha(colour: ColourMod
 
 
 def test_an_image_over_the_limit_is_refused_before_anything_else_is_read() -> None:
-    head = pack(dataclasses.replace(RGB, header=Header(1, 2**24, 2**24, ColourMode.RGB, bytes(8))))[:25]
+    head = pack(RGB)[:7] + b"\xff" * 6 + pack(RGB)[13:25]
     assert refused(head, LimitError)
     assert refused(head + b"\1\xff\xff\xff\xff\x7f", LimitError)
 
 
 def test_the_limit_is_inclusive_and_the_callers_choice() -> None:
     data = pack(RGB)
-    assert unpack(data, max_pixels=768 * 512) == RGB
-    with pytest.raises(LimitError, match="768 x 512 pixels, the limit is 393215"):
-        unpack(data, max_pixels=768 * 512 - 1)
+    assert unpack(data, max_pixels=96 * 64) == RGB
+    with pytest.raises(LimitError, match="96 x 64 pixels, the limit is 6143"):
+        unpack(data, max_pixels=96 * 64 - 1)
+
+
+def padded(width: int, height: int) -> bytes:
+    return pack(dataclasses.replace(RGB, header=dataclasses.replace(HEADER, width=width, height=height)))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(16, 16, 1), (1024, 1024, 256), (1025, 1024, 260), (1024, 1040, 260), (2**24, 1, 65536), (1, 2**24, 65536)],
+)
+def test_a_file_is_padded_to_a_byte_for_16_blocks(width: int, height: int, size: int) -> None:
+    data, plain = padded(width, height), len(padded(1, 1))
+    assert len(data) == max(size, plain)
+    assert data[plain - 1] == spec.END and not any(data[plain:])
+    assert unpack(data).grids == RGB.grids
+    assert pack(unpack(data)) == data
+
+
+def test_padding_that_is_short_or_long_or_not_zero_is_refused() -> None:
+    data, plain = padded(1024, 1024), len(padded(1, 1))
+    assert refused(data[:-1]) and refused(data + b"\0")
+    for position in range(plain, len(data)):
+        assert refused(data[:position] + b"\1" + data[position + 1 :])
+
+
+@given(st.integers(1, 2**12), st.integers(1, 2**12), st.binary(max_size=64))
+def test_a_file_that_claims_more_blocks_than_its_size_allows_is_refused(w: int, h: int, tail: bytes) -> None:
+    data = padded(w, h)[:25] + tail
+    if -(-w // 16) * -(-h // 16) > 16 * len(data):
+        assert refused(data)
 
 
 def test_a_chunk_length_is_checked_before_memory_is_taken_for_it() -> None:

@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
 def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to give a file a name that must be free."""
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     if request.param == "no hard links":
@@ -130,10 +130,43 @@ def test_of_several_writers_without_force_exactly_one_succeeds(tmp_path: Path, l
     assert os.listdir(tmp_path) == ["a.vq2"]
 
 
+@posix
+@pytest.mark.parametrize("force", [False, True])
+def test_where_files_without_a_name_cannot_get_one_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    link = os.link
+
+    def refuse(source: os.PathLike[str] | str, *rest: object, **options: object) -> None:
+        if str(source).startswith("/proc/"):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(source, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", refuse)
+    with write_atomically(tmp_path / "a.vq2", force) as file:
+        file.write(b"new" * 10000)
+    assert (tmp_path / "a.vq2").read_bytes() == b"new" * 10000
+    assert os.listdir(tmp_path) == ["a.vq2"]
+
+
+@posix
+@pytest.mark.parametrize("force", [False, True])
+def test_where_there_are_no_files_without_a_name_they_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    with write_atomically(tmp_path / "a.vq2", force) as file:
+        file.write(b"new")
+        (temporary,) = os.listdir(tmp_path)
+        assert temporary.startswith(".vqcodec-") and temporary.endswith(".part")
+    assert (tmp_path / "a.vq2").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a.vq2"]
+
+
 def test_a_replacement_that_fails_gives_the_claimed_name_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "link", fail)

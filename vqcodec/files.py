@@ -1,11 +1,13 @@
-"""Writing a file so that it is either complete or not there at all."""
+"""Files: which there are, what to call new ones, and writing one so that it is either complete or not there at all."""
 
 import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +22,8 @@ def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Itera
 
     The bytes go to a hidden temporary file in the same folder, are synced to the disk, and get their name in
     one step. After an exception of any kind, KeyboardInterrupt and a full disk included, the temporary file
-    is gone and `path` is as it was. A symbolic link is followed: the file it points to is written. A new file
+    is gone and `path` is as it was; on Linux, whose file systems have files without a name, even after the
+    process was killed. A symbolic link is followed: the file it points to is written. A new file
     gets the permissions of any new file (umask), a replaced one keeps its own. What is not a regular file (a
     pipe, /dev/stdout, /dev/null) is written directly.
 
@@ -52,6 +55,7 @@ def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Itera
             yield file
             file.flush()
             os.fsync(file.fileno())
+            _name(file, temporary)
         if old:
             os.chmod(temporary, stat.S_IMODE(old.st_mode))
         if force:
@@ -64,12 +68,29 @@ def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Itera
 
 
 def _create(temporary: Path) -> BinaryIO:
-    """A new file. An OSError names the folder, because nobody knows the temporary file."""
+    """A new file, without a name if possible. An OSError names the folder, because nobody knows the temporary file."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Linux, or not on this file system
+        return os.fdopen(os.open(temporary.parent, os.O_TMPFILE | os.O_RDWR, 0o666), "w+b")
     try:
         return open(temporary, "xb")
     except OSError as error:
         error.filename = str(temporary.parent)
         raise
+
+
+def _name(file: BinaryIO, temporary: Path) -> None:
+    """Give the file its temporary name, unless it has that already."""
+    if os.fstat(file.fileno()).st_nlink:
+        return
+    try:
+        link = f"/proc/self/fd/{file.fileno()}"
+        os.link(link, temporary, src_dir_fd=file.fileno(), follow_symlinks=True)  # the folder makes it follow
+    except OSError:  # no /proc here, or it cannot be linked from
+        file.seek(0)
+        with open(temporary, "xb") as copy:
+            shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _publish(temporary: Path, target: Path) -> None:
@@ -86,3 +107,28 @@ def _publish(temporary: Path, target: Path) -> None:
         except BaseException:
             os.unlink(target)
             raise
+
+
+def find(folder: str, endings: Collection[str]) -> list[str]:
+    """Relative paths, sorted, of all files below a folder that have one of the endings (lower case, with the dot).
+
+    Hidden files and folders are left out, and folders behind symbolic links. Errors: OSError of a folder that
+    cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[str] = []
+    for root, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        wanted = (n for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings)
+        found += [os.path.relpath(os.path.join(root, name), folder) for name in wanted]
+    return sorted(found)
+
+
+def renamed(paths: Sequence[str], suffix: str) -> list[str]:
+    """The paths with another ending, or with one more where paths differ in nothing but their ending."""
+    stems = [os.path.splitext(path)[0] for path in paths]
+    shared = Counter(stems)
+    return [(path if shared[stem] > 1 else stem) + suffix for path, stem in zip(paths, stems, strict=True)]

@@ -1,0 +1,79 @@
+"""What must hold for any bytes: the fuzz targets, and the mutation that gets past the checks an attacker can satisfy.
+
+A target returns if all is well; any exception is a finding.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from click.testing import CliRunner
+
+import cli
+from bitstream import container
+from bitstream.errors import BitstreamError
+from vqcodec.codec import Codec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CODEC = Codec.load(GOLDEN / "tiny.safetensors", "cpu")
+MAX_PIXELS = 2**14
+
+
+def unpack(data: bytes) -> None:
+    """It parses, to what packs to the same bytes, or raises a BitstreamError."""
+    with contextlib.suppress(BitstreamError):
+        assert container.pack(container.unpack(data, max_pixels=container.MAX_SIDE**2)) == data
+
+
+def decode(data: bytes) -> None:
+    """It decodes to a picture of the header's size and mode, or raises a BitstreamError.
+
+    The checksum does not count here: whoever forges a file can compute it.
+    """
+    with contextlib.suppress(BitstreamError), mock.patch.object(container, "verify"):
+        image = CODEC.decode(data, max_pixels=MAX_PIXELS)
+        header = container.unpack(data).header
+        modes = {"GREY": "L", "RGB": "RGB", "GREY_ALPHA": "LA", "RGBA": "RGBA"}
+        assert (image.size, image.mode) == ((header.width, header.height), modes[header.colour.name])
+
+
+def preview(data: bytes) -> None:
+    """A picture of the header's size, or a BitstreamError."""
+    with contextlib.suppress(BitstreamError):
+        image = CODEC.decode(data, preview=True, max_pixels=MAX_PIXELS)
+        header, _ = container.unpack_coarsest(data)
+        assert image.size == (header.width, header.height)
+
+
+def info(data: bytes) -> None:
+    """The command prints one JSON line and exits with 0, or one line of error and exits with 1."""
+    result = CliRunner().invoke(cli.main, ["info", "--json", "-"], input=data)
+    lines = len(result.stdout.splitlines()), len(result.stderr.splitlines())
+    assert (result.exit_code, *lines) in ((0, 1, 0), (1, 0, 1)), (result.output, result.exception)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "unpack": unpack,
+    "decode": decode,
+    "preview": preview,
+    "info": info,
+}
+
+
+def repaired(data: bytes) -> bytes:
+    """The bytes with the model's header, a small picture, and the chunks' CRCs right, as far as they have chunks."""
+    head = container.MAGIC + bytes([container.VERSION])
+    out = bytearray(head + data[len(head) :].ljust(container.HEADER_BYTES, b"\0"))
+    out[5], out[6] = out[5] % CODEC.model.config.levels + 1, out[6] % len(container.ColourMode)
+    for at in (7, 10):
+        out[at : at + 3] = bytes([out[at] % 128, 0, 0])
+    out[13:21] = CODEC.fingerprint
+    with contextlib.suppress(BitstreamError):
+        for kind, payload in container._parse_chunks(memoryview(bytes(out)), 0):
+            if kind in container.OPTIONAL_CHUNKS.values() and len(payload) >= 4:
+                crc = zlib.crc32(bytes([kind]) + payload[:-4]).to_bytes(4, "little")
+                at = out.find(bytes(payload))
+                out[at + len(payload) - 4 : at + len(payload)] = crc
+    return bytes(out)
