@@ -51,20 +51,26 @@ def encode(
     quality: float = DEFAULT_QUALITY,
     *,
     strip: bool = False,
+    effort: int = 0,
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
-    return _codec(device).encode(image, quality, strip=strip)
+    return _codec(device).encode(image, quality, strip=strip, effort=effort)
 
 
 def encode_to(
-    image: "Image.Image | ArrayLike | Picture", target: "Target", *, strip: bool = False, device: str = "auto"
+    image: "Image.Image | ArrayLike | Picture",
+    target: "Target",
+    *,
+    strip: bool = False,
+    effort: int = 0,
+    device: str = "auto",
 ) -> "Reached":
     """Compress an image to a size, a rate or a PSNR with the shipped model: see ``Codec.encode_to``.
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
     """
-    return _codec(device).encode_to(image, target, strip=strip)
+    return _codec(device).encode_to(image, target, strip=strip, effort=effort)
 
 
 def decode(

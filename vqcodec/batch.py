@@ -60,6 +60,7 @@ class Encode:
     quality: float
     target: Target | None
     strip: bool
+    effort: int
     max_pixels: int
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
@@ -70,9 +71,9 @@ class Encode:
         height, width = picture.pixels.shape[:2]
         quality, miss = None, ""
         if self.target is None:
-            encoded = codec.encode(picture, self.quality, progress=progress)
+            encoded = codec.encode(picture, self.quality, effort=self.effort, progress=progress)
         else:
-            reached = codec.encode_to(picture, self.target, progress=progress)
+            reached = codec.encode_to(picture, self.target, effort=self.effort, progress=progress)
             encoded, quality = reached.data, reached.quality
             if not reached.met:
                 wanted, found = map(self.target.describe, (self.target.value, reached.value))

@@ -17,10 +17,10 @@ from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Contai
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
-from vqcodec.models import kernels
+from vqcodec.models import kernels, refine
 from vqcodec.models.dyadic import LOGIT_BITS, STREAM_BITS
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.tiling import run_tiled
+from vqcodec.models.tiling import TILE, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.models.wavefront import Choose, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
 from vqcodec.targets import Reached, Target, psnr, reach
@@ -65,16 +65,18 @@ class Codec:
         quality: float = DEFAULT_QUALITY,
         *,
         strip: bool = False,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> bytes:
         """Compress an image.
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
-        to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. progress: called with 0..1.
-        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality out of range.
+        to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
+        fitted to this very image, which takes many times longer for a few percent. progress: called with 0..1.
+        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
-        return encode_picture(self, stripped(picture) if strip else picture, quality, progress)
+        return PictureEncoder(self, stripped(picture) if strip else picture, effort).encode(quality, progress)
 
     def decode(
         self,
@@ -101,15 +103,16 @@ class Codec:
         target: Target,
         *,
         strip: bool = False,
+        effort: int = 0,
         progress: Progress | None = None,
     ) -> Reached:
         """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
 
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
-        progress: called with 0..1 for every file tried. Raises ImageError.
+        strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
-        encoder = PictureEncoder(self, stripped(picture) if strip else picture)
+        encoder = PictureEncoder(self, stripped(picture) if strip else picture, effort)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)
@@ -193,37 +196,38 @@ class Codec:
         cells: tuple[int, int],
         *sources: Tensor | None,
         size: tuple[int, int] | None = None,
+        tile: int = TILE,
     ) -> list[Tensor]:
         config = self.model.config
-        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device, size)
+        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device, size, tile)
 
 
 def _picture(image: Any) -> Picture:
     return from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
 
 
-def encode_picture(codec: Codec, picture: Picture, quality: float, progress: Progress | None = None) -> bytes:
-    """The inverse of decode_picture, up to the loss."""
-    return PictureEncoder(codec, picture).encode(quality, progress)
-
-
 class PictureEncoder:
     """One picture on its way to a file, at any number of qualities.
 
-    What the networks find before the first walk hangs on the level alone: it is kept until another level is asked for.
+    What the networks find before the first walk hangs on the level alone (with effort, on the quality): it is kept
+    until another one is asked for.
     """
 
-    def __init__(self, codec: Codec, picture: Picture) -> None:
+    def __init__(self, codec: Codec, picture: Picture, effort: int = 0) -> None:
         self.height, self.width = picture.pixels.shape[:2]
         if max(self.height, self.width) > MAX_SIDE:
             raise ImageError(
                 f"the image has {self.width} x {self.height} pixels, the format holds up to {MAX_SIDE} a side"
             )
+        if not 0 <= effort < len(refine.STEPS):
+            raise ValueError(f"effort {effort} is not in 0..{len(refine.STEPS) - 1}")
         self.codec, self.picture, self.cells = codec, picture, codec.cells(self.height, self.width)
+        self.steps = refine.STEPS[effort]
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         self.grids: list[Tensor] = []  # of the last file
         self._level = torch.tensor([-1], device=codec.device)
-        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
+        self._rate_weight = 0.0
+        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others; with effort all latents
 
     def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
@@ -232,10 +236,10 @@ class PictureEncoder:
         tell = _Steps(model, self.cells, progress)
         self.grids, payloads, context = [], [], None
         with _exactly(codec.device):
-            self._analyse(number)
-            z = self._found[0]
+            self._analyse(number, rate_weight)
             for k, book in enumerate(model.codebooks):
-                if k:
+                z = self._found[k]
+                if k and not self.steps:
                     (z,) = codec.tiled(
                         lambda f, c, k=k: [model.latent(k, f, c, self._level)], self.cells, self._found[k], context
                     )
@@ -243,7 +247,7 @@ class PictureEncoder:
                 walk = _Encoding(book, z, rate_weight, tell)
                 grid = _fill(codec, k, self.cells, self.grids, self._level, walk.choose)
                 payloads.append(walk.payload())
-                if k + 1 < len(model.codebooks):
+                if k + 1 < len(model.codebooks) and not self.steps:
                     codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
                     (context,) = codec.tiled(
                         lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)], self.cells, codes, context
@@ -260,12 +264,13 @@ class PictureEncoder:
         """What the last file decodes to, (H, W, 3), without another walk."""
         return _pixels(self.codec, self.grids, int(self._level), (self.height, self.width), self.picture.colour)
 
-    def _analyse(self, number: int) -> None:
+    def _analyse(self, number: int, rate_weight: float) -> None:
         """The networks' work on the level ``number`` (from 0), unless it is at hand."""
-        if number == int(self._level):
+        if number == int(self._level) and (rate_weight == self._rate_weight or not self.steps):
             return
-        model, stride = self.codec.model, self.codec.model.config.stride
-        self._found, self._level = [], torch.tensor([number], device=self.codec.device)
+        codec, model, stride = self.codec, self.codec.model, self.codec.model.config.stride
+        self._found, self._rate_weight = [], rate_weight
+        self._level = torch.tensor([number], device=codec.device)
         pad = (0, self.cells[0] * stride - self.height), (0, self.cells[1] * stride - self.width), (0, 0)
         pixels = torch.from_numpy(np.pad(self.picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
 
@@ -275,8 +280,14 @@ class PictureEncoder:
         def latent(features: Tensor) -> list[Tensor]:
             return [model.latent(0, features, None, self._level)]
 
-        coarsest, *finer = self.codec.tiled(analyse, self.cells, pixels)
-        self._found = [*self.codec.tiled(latent, self.cells, coarsest), *finer]
+        def fitted(x: Tensor) -> list[Tensor]:
+            return refine.refined_latents(model, x.float() / 255, self._level, rate_weight, self.steps)
+
+        if self.steps:
+            self._found = codec.tiled(fitted, self.cells, pixels, tile=refine.TILE)
+        else:
+            coarsest, *finer = codec.tiled(analyse, self.cells, pixels)
+            self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
 
 
 def decode_picture(
@@ -286,7 +297,7 @@ def decode_picture(
     progress: Progress | None = None,
     preview: bool = False,
 ) -> Picture:
-    """The inverse of encode_picture, up to the loss. Raises BitstreamError.
+    """The inverse of ``PictureEncoder.encode``, up to the loss. Raises BitstreamError.
 
     preview: the coarsest grid alone, see ``Codec.decode``; the picture's notes say what a damaged file lacks.
     """
