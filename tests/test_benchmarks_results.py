@@ -23,12 +23,19 @@ def curves(metric: str) -> dict[str, Curve]:
     return found
 
 
+def rising(curve: Curve) -> Curve:
+    """The qualities before the first that costs more and gives less: nobody would use that one."""
+    ends = [k for k, (a, b) in enumerate(zip(curve.score, curve.score[1:], strict=False), 1) if b <= a]
+    end = ends[0] if ends else len(curve.score)
+    return Curve(curve.bpp[:end], curve.score[:end])
+
+
 def test_the_bd_rates_of_the_readme_are_those_of_the_committed_results() -> None:
     measured = curves("psnr")
     claims = re.findall(r"([+-]?\d+\.\d) % against (JPEG XL|JPEG 2000|JPEG|WebP|AVIF)", README)
     assert {name for _, name in claims} >= {"JPEG", "WebP"}
     for claim, name in claims:
-        percent = bd_rate(measured[RIVALS[name]], measured["vq2"]).percent
+        percent = bd_rate(measured[RIVALS[name]], rising(measured["vq2"])).percent
         assert percent is not None
         assert f"{percent:+.1f}" == claim, name
 
