@@ -536,7 +536,7 @@ def encode(
       vqcodec encode photo.png                  writes photo.vq2 beside it
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
-      vqcodec encode --effort 2 photo.png       a few percent smaller, many times slower
+      vqcodec encode --effort 2 photo.png       smaller, many times slower
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode - -o - < photo.png > photo.vq2
