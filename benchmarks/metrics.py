@@ -7,15 +7,13 @@ import importlib
 import importlib.util
 import math
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from vqcodec import metrics
 
 Bytes = NDArray[np.uint8]
 
@@ -29,8 +27,7 @@ def psnr(original: Bytes, decoded: Bytes) -> float:
     """PSNR-RGB in dB: one mean over pixels and channels. At most MAX_PSNR, so that means stay finite."""
     if original.shape != decoded.shape:
         raise ValueError(f"images of different shapes, {original.shape} and {decoded.shape}")
-    mse = np.mean((original.astype(np.int32) - decoded.astype(np.int32)) ** 2)
-    return min(MAX_PSNR, 10 * math.log10(255**2 / mse)) if mse else MAX_PSNR
+    return min(MAX_PSNR, metrics.psnr(original, decoded))
 
 
 def ms_ssim(original: Bytes, decoded: Bytes) -> float | None:
@@ -44,19 +41,6 @@ def ms_ssim(original: Bytes, decoded: Bytes) -> float | None:
     return float(package.ms_ssim(a, b, data_range=255))
 
 
-def ssimulacra2(original: Bytes, decoded: Bytes) -> float:
-    """SSIMULACRA 2.1 (Cloudinary, 2023): 100 for equal images, 70 is high quality, 30 low; may be negative.
-
-    By the reference implementation, libjxl's program: the Python package of this name is up to 4 points off.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("original.png", "decoded.png")]
-        for file, pixels in zip(files, (original, decoded), strict=True):
-            Image.fromarray(pixels).save(file, compress_level=1)
-        ran = subprocess.run(["ssimulacra2", *files], capture_output=True, text=True, check=True)
-    return float(ran.stdout.split()[-1])
-
-
 METRICS: dict[str, Callable[[Bytes, Bytes], float | None]] = {"psnr": psnr}
 SKIPPED: dict[str, str] = {}
 
@@ -65,7 +49,7 @@ if importlib.util.find_spec("pytorch_msssim"):
 else:
     SKIPPED["ms_ssim"] = "there is no package pytorch-msssim here"
 if shutil.which("ssimulacra2"):
-    METRICS["ssimulacra2"] = ssimulacra2
+    METRICS["ssimulacra2"] = metrics.ssimulacra2
 else:
     SKIPPED["ssimulacra2"] = "there is no program ssimulacra2 here, which is part of libjxl's developer tools"
 

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from vqcodec.targets import MOST_TRIES, TOLERANCE, TOLERANCE_DB, Reached, Target, parse_size, psnr, reach
+from vqcodec.metrics import psnr
+from vqcodec.targets import MOST_TRIES, TOLERANCE, TOLERANCE_DB, Reached, Target, parse_size, reach
 
 LEVELS = 8
 

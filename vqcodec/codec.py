@@ -17,13 +17,14 @@ from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Contai
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
+from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
 from vqcodec.models.dyadic import LOGIT_BITS, STREAM_BITS
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import TILE, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.models.wavefront import Choose, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
-from vqcodec.targets import Reached, Target, psnr, reach
+from vqcodec.targets import Reached, Target, reach
 from vqcodec.weights import SHIPPED, fingerprint, from_file, load_weights, to_file
 
 Progress = Callable[[float], None]

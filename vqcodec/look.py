@@ -4,10 +4,7 @@ import base64
 import html
 import io
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +13,7 @@ from PIL import Image, ImageDraw, features
 
 from vqcodec.codec import Codec, decode_picture, examine
 from vqcodec.image import Bytes, Picture, stripped
-from vqcodec.targets import psnr
+from vqcodec.metrics import psnr, ssimulacra2
 
 # --- vq2 beside what browsers show ---
 
@@ -39,22 +36,11 @@ class Shown(NamedTuple):
     scores: dict[str, float]
 
 
-def _ssimulacra2(original: Bytes, decoded: Bytes) -> float | None:
-    """SSIMULACRA 2.1 by libjxl's program, the reference: 100 for equal images, 70 is high quality. None for what it
-    cannot measure, such as sides below 8 pixels."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("original.png", "decoded.png")]
-        for file, pixels in zip(files, (original, decoded), strict=True):
-            file.write_bytes(_file(pixels, "PNG"))
-        ran = subprocess.run(["ssimulacra2", *files], capture_output=True, text=True)
-    return float(ran.stdout.split()[-1]) if ran.returncode == 0 else None
-
-
 def metrics() -> dict[str, Callable[[Bytes, Bytes], float | None]]:
     """What this machine can measure."""
     found: dict[str, Callable[[Bytes, Bytes], float | None]] = {"PSNR": psnr}
     if shutil.which("ssimulacra2"):
-        found["SSIMULACRA2"] = _ssimulacra2
+        found["SSIMULACRA2"] = ssimulacra2
     return found
 
 

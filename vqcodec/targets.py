@@ -4,10 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, NamedTuple
 
 TOLERANCE = 0.02  # of bytes or bits per pixel
 TOLERANCE_DB = 0.1
@@ -104,12 +101,3 @@ def parse_size(text: str) -> float:
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is not a size: write it like 50kB, 1.5MB, 64KiB or 20000")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def psnr(original: NDArray[Any], decoded: NDArray[Any]) -> float:
-    """PSNR in dB of 8-bit images (H, W, C), one mean over pixels and channels; infinite if they are equal."""
-    total = 0
-    for a, b in zip(original, decoded, strict=True):  # row by row: differences take several times the memory
-        difference = a.astype(np.int32) - b
-        total += int(np.square(difference).sum())
-    return 10 * math.log10(255**2 * original.size / total) if total else math.inf
