@@ -190,6 +190,21 @@ def test_colours_of_16_bits_are_noted_although_pillow_hides_them() -> None:
     assert read(b"P6 1 1 255\n" + bytes(3)).notes == []
 
 
+@pytest.mark.parametrize(
+    ("format", "field", "bits"), [("AVIF", b"pixi\0\0\0\0\3", 10), ("JPEG2000", b"\xff\x4f\xff\x51", 12)]
+)
+def test_the_depth_that_a_header_declares_is_noted_where_pillow_hides_it(format: str, field: bytes, bits: int) -> None:
+    """Pillow writes no such files, so the header is changed after it was opened, before the pixels are decoded."""
+    data = file_of(Image.new("RGB", (8, 8), "red"), format)
+    assert read(data).notes == []
+    image = Image.open(io.BytesIO(data))
+    at = data.index(field) + (len(field) if format == "AVIF" else 42)
+    depth = bits if format == "AVIF" else bits - 1
+    image.load()
+    image.fp = io.BytesIO(data[:at] + bytes([depth]) + data[at + 1 :])
+    assert from_pil(image).notes == [f"{bits}-bit samples were reduced to 8 bits"]
+
+
 def test_a_cmyk_jpeg_has_the_colours_that_pillow_gives_it() -> None:
     source = Image.new("CMYK", (8, 8), (0, 200, 100, 20))
     expected = np.array(source.convert("RGB"))

@@ -97,11 +97,12 @@ def from_pil(image: Image.Image) -> Picture:
     with _decoding():
         frames = getattr(image, "n_frames", 1) if image.format != "PSD" else 1  # PSD: layers of one picture
         deep = _has_deep_colours(image)  # loading hides it
+        declared = _declared_depth(image)
         image.load()
         if frames > 1:
             notes.append(f"only frame {image.tell() + 1} of {frames} was read")
-        if deep:
-            notes.append("16-bit samples were reduced to 8 bits")
+        if deep or declared > 8:
+            notes.append(f"{16 if deep else declared}-bit samples were reduced to 8 bits")
         icc = _bytes(image.info.get("icc_profile"))
         exif = _exif(image, notes)
         xmp = _bytes(image.info.get("xmp"))
@@ -223,6 +224,25 @@ def _has_deep_colours(image: Image.Image) -> bool:
             if over_255 or ";16" in str(arg):  # a raw mode such as "RGB;16B"
                 return True
     return False
+
+
+def _declared_depth(image: Image.Image) -> int:
+    """Bits per sample by the header of a file whose decoder in Pillow makes 8 of them: AVIF, and JPEG 2000 in colour.
+    8 for all others, and once the image is loaded."""
+    file = getattr(image, "fp", None)
+    if image.format not in ("AVIF", "JPEG2000") or image.mode.startswith("I;16") or file is None:
+        return 8
+    place = file.tell()
+    file.seek(0)
+    head = file.read(1 << 16)
+    file.seek(place)
+    if image.format == "AVIF":
+        at = head.find(b"pixi") + 8  # ISO 23008-12, 6.5.6: behind version and flags the channels, then bits of each
+        depths = head[at + 1 : at + 1 + head[at]] if at >= 8 and at < len(head) else b""
+    else:
+        at = head.find(b"\xff\x4f\xff\x51") + 42  # ISO 15444-1, A.5.1: Ssiz is bits - 1 and a sign, 3 bytes for each
+        depths = bytes((size & 0x7F) + 1 for size in head[at : at + 3 * len(image.getbands()) : 3]) if at >= 42 else b""
+    return max(depths, default=8)
 
 
 def _from_cmyk(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:
