@@ -19,11 +19,11 @@ from vqcodec import DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
-from vqcodec.models.dyadic import LOGIT_BITS, STREAM_BITS
+from vqcodec.models.dyadic import LOGIT_BITS
 from vqcodec.models.quantizer import Codebook
 from vqcodec.models.tiling import TILE, run_tiled
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.models.wavefront import Choose, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
+from vqcodec.models.wavefront import Choose, CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
 from vqcodec.targets import Reached, Target, reach
 from vqcodec.weights import SHIPPED, fingerprint, from_file, load_weights, to_file
 
@@ -52,7 +52,9 @@ class Codec:
         # Code with what a weights file holds of the model, so that its files can be read with it.
         model.load_state_dict(from_file(to_file(model)))
         self.fingerprint = fingerprint(model)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        model = model.to(self.device).eval().requires_grad_(False)
+        # Without this layout every convolution on a CPU rearranges what it reads and writes.
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._priors: dict[tuple[int, int], LevelPrior] = {}
 
     @classmethod
@@ -439,15 +441,11 @@ def _fill(
     codec: Codec, k: int, cells: tuple[int, int], grids: Sequence[Tensor], level: Tensor, choose: Choose
 ) -> Tensor:
     """Walk grid k with the condition that the coarser grids give: (1, M, h, w) int16."""
-    model, condition = codec.model, None
-    if k:
-
-        def steps(indices: Tensor) -> list[Tensor]:
-            found = model.condition(k, indices, level) * 2**STREAM_BITS
-            return [found.to(torch.int16).permute(0, 3, 1, 2)]
-
-        (found,) = codec.tiled(steps, cells, grids[k - 1])
-        condition = found[0].permute(1, 2, 0).flatten(0, 1).contiguous().numpy()
+    model, condition, stack = codec.model, None, codec.model.priors[k].condition
+    if stack is not None:
+        condition = CoarserGrid(
+            lambda indices: model.condition(k, indices.to(codec.device), level), stack.reach, grids[k - 1]
+        )
     ratio = model.config.stride // model.config.grids[k].stride
     shape = (cells[0] * ratio, cells[1] * ratio)
     return torch.from_numpy(fill_grid(codec.prior(k, int(level)), shape, condition, choose))[None]

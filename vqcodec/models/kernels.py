@@ -70,16 +70,14 @@ def keep(ring, t, first, n, values):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def begin_stream(sums, bias, condition, t, first, n, width, stream):  # type: ignore[no-untyped-def]
-    """The stream from the sums of the embedding; condition: (cells, C) int16 stream steps, or no cells for none."""
+def begin_stream(sums, bias, condition, n, stream):  # type: ignore[no-untyped-def]
+    """The stream from the sums of the embedding; condition: (n, C) int16 stream steps, or no cells for none."""
     for r in range(n):
-        i = first + r
         for c in range(stream.shape[1]):
             stream[r, c] = clip(np.floor(sums[r, c] + bias[c]), -STREAM_MAX, STREAM_MAX)
         if len(condition):
-            cell = condition[i * width + t - 2 * i]
             for c in range(stream.shape[1]):
-                stream[r, c] = clip(stream[r, c] + cell[c], -STREAM_MAX, STREAM_MAX)
+                stream[r, c] = clip(stream[r, c] + condition[r, c], -STREAM_MAX, STREAM_MAX)
 
 
 @kernel
@@ -92,11 +90,11 @@ def read_stream(stream, n, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def activate(sums, bias, n, column, low, out):  # type: ignore[no-untyped-def]
-    """sums[:, column : column + C] and their biases -> activations (n, C) from low up; out may be the sums."""
+def activate(sums, bias, n, low, out):  # type: ignore[no-untyped-def]
+    """Sums (n, C) and their biases -> activations (n, C) from low up; out may be the sums."""
     for r in range(n):
         for c in range(out.shape[1]):
-            out[r, c] = clip(np.floor(sums[r, column + c] + bias[column + c]), low, ACTIVATION_MAX)
+            out[r, c] = clip(np.floor(sums[r, c] + bias[c]), low, ACTIVATION_MAX)
 
 
 @kernel
@@ -117,15 +115,6 @@ def finish_logits(sums, bias, n):  # type: ignore[no-untyped-def]
     for r in range(n):
         for k in range(sums.shape[1]):
             sums[r, k] = clip(np.floor(sums[r, k] + bias[k]), -LOGIT_MAX, LOGIT_MAX)
-
-
-@kernel
-def add_codes(table, index, n, column, sums):  # type: ignore[no-untyped-def]
-    """What the chosen codes add to the sums from a column on: table (K, C), index (n,)."""
-    for r in range(n):
-        row = table[index[r]]
-        for c in range(table.shape[1]):
-            sums[r, column + c] += row[c]
 
 
 @kernel
@@ -182,7 +171,7 @@ def keep_attention(known, t, first, n, keys, values):  # type: ignore[no-untyped
 
 @kernel
 def tables(logits, out):  # type: ignore[no-untyped-def]
-    """Coding tables of logits (n, K) in whole steps, see ``dyadic.tables``: out (n, K) int32."""
+    """Coding tables of logits (n, K) in whole steps, see ``dyadic.frequencies``: out (n, K) int32."""
     codes = logits.shape[1]
     factor = np.float64(TABLE_TOTAL - codes)
     for r in range(logits.shape[0]):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-TILE = 2048  # pixels a side: large enough for the halo to cost little, small enough to bound memory
+TILE = 1536  # pixels a side: large enough for the halo to cost little, small enough to bound memory
 
 
 def run_tiled(

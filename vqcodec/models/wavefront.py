@@ -19,6 +19,7 @@ from vqcodec.models.pixelsnail import ATTENTION_ROWS, ATTENTION_STEPS, CAUSAL, C
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
+BLOCK = 128  # cells a side of what the condition computes at once: enough for the margin to cost little
 
 
 class Wave(NamedTuple):
@@ -41,6 +42,42 @@ def waves(h: int, w: int) -> Iterator[Wave]:
 
 
 Choose = Callable[[Wave, int, Floats], Indices]
+Condition = Callable[[Wave], NDArray[np.int16]]
+
+
+class CoarserGrid:
+    """A Condition from the next coarser grid, in blocks: computed when the walk gets there, forgotten behind it.
+
+    For the whole grid it would be the largest array of all, 4 bytes for each pixel of the picture.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], reach: int, indices: Tensor) -> None:
+        """network: indices (1, M, h, w) -> exact stream values (1, 2h, 2w, C) that hang on no index more than ``reach``
+        cells away; indices: of the whole coarser grid."""
+        self.network, self.reach, self.indices = network, reach, indices
+        self.blocks: dict[tuple[int, int], NDArray[np.int16]] = {}
+
+    def __call__(self, wave: Wave) -> NDArray[np.int16]:
+        i = np.arange(wave.rows.start, wave.rows.stop)
+        j = wave.step - 2 * i
+        down, right = i // BLOCK, j // BLOCK
+        places = dict.fromkeys(zip(down.tolist(), right.tolist(), strict=True))
+        # The steps that cross a block follow one another: what this one does not need, no later one needs.
+        self.blocks = {place: self.blocks[place] if place in self.blocks else self._block(*place) for place in places}
+        out = np.empty((len(i), next(iter(self.blocks.values())).shape[2]), np.int16)
+        for (a, b), block in self.blocks.items():
+            here = (down == a) & (right == b)
+            out[here] = block[i[here] - a * BLOCK, j[here] - b * BLOCK]
+        return out
+
+    def _block(self, down: int, right: int) -> NDArray[np.int16]:
+        side = BLOCK // 2
+        top, left = down * side, right * side
+        y, x = max(0, top - self.reach), max(0, left - self.reach)
+        far = side + self.reach
+        found = self.network(self.indices[:, :, y : top + far, x : left + far])[0, 2 * (top - y) :, 2 * (left - x) :]
+        steps = found[:BLOCK, :BLOCK] * 2**dyadic.STREAM_BITS
+        return steps.to(torch.int16).cpu().contiguous().numpy()
 
 
 def coding_tables(logits: Floats) -> NDArray[np.int32]:
@@ -52,11 +89,12 @@ def coding_tables(logits: Floats) -> NDArray[np.int32]:
 
 @torch.no_grad()
 def fill_grid(
-    prior: "LevelPrior", shape: tuple[int, int], condition: NDArray[np.int16] | None, choose: Choose
+    prior: "LevelPrior", shape: tuple[int, int], condition: Condition | None, choose: Choose
 ) -> NDArray[np.int16]:
     """Fill a grid, (h, w) = shape; returns the indices (M, h, w).
 
-    condition: (h * w, C) stream steps from the coarser grid, None for the coarsest.
+    condition: called once with each wave, in coding order; returns the stream steps (n, C) that its n cells get from
+    the coarser grid. None for the coarsest.
     choose: called in coding order, wave by wave and group by group, with the wave, the group and the logits (n, K) of
     its n cells in whole steps (``coding_tables`` makes tables of them), a buffer that is used again; returns
     the indices (n,). The encoder chooses and notes, the decoder pops, the sampler draws.
@@ -75,12 +113,11 @@ def fill_grid(
 
 
 class LevelPrior:
-    """A prior made ready to code at one quality level: weights in whole steps, which saves the scaling of every layer,
-    and tables of what each code adds."""
+    """A prior made ready to code at one quality level: weights in whole steps, which saves scaling in every layer."""
 
     def __init__(self, prior: PixelSNAIL, vectors: Tensor, level: int) -> None:
         """vectors: (M, K, d) code activations; level: from 0."""
-        config, d = prior.config, prior.dim
+        config = prior.config
         self.config, self.groups, self.codes = config, prior.groups, prior.codes
         self.attention_after = prior.attention_after
         in_steps = vectors.detach().float().cpu() * 2.0**dyadic.ACTIVATION_BITS
@@ -88,16 +125,12 @@ class LevelPrior:
         self.embed = _Layer(prior.embed, level, dyadic.STREAM_BITS)
         self.blocks = [_Block(block, level) for block in prior.blocks]
         self.attention = _Attention(prior.attention, level) if prior.attention else None
-        # The heads' hidden layers in two parts: the features' share of all groups at once, and what each code of a
-        # group adds to the groups after it, from a table (K, later groups * hidden).
+        # The heads' hidden layers in two parts: the features' share of all groups at once, and that of the codes.
         hidden = [layer.in_steps(level, dyadic.ACTIVATION_BITS) for layer in prior.hidden]
         c = config.channels
         self.features = torch.cat([w[:c] for w, _ in hidden], 1).contiguous()
-        self.hidden_bias = torch.cat([bias for _, bias in hidden]).numpy()
-        self.added = [
-            torch.cat([codes @ w[c + g * d : c + (g + 1) * d] for w, _ in hidden[g + 1 :]], 1).numpy()
-            for g, codes in enumerate(in_steps[:-1])
-        ]
+        self.known = [w[c:] for w, _ in hidden]
+        self.hidden_bias: list[Floats] = [bias.numpy() for _, bias in hidden]
         self.out = [_Layer(layer, level, dyadic.LOGIT_BITS) for layer in prior.out]
 
 
@@ -154,11 +187,12 @@ class _Buffer:
 class Walk:
     """A prior at work on one grid: the state between waves, of size O(cells of the largest wave)."""
 
-    def __init__(self, prior: LevelPrior, shape: tuple[int, int], condition: NDArray[np.int16] | None = None) -> None:
-        """shape: (h, w); condition: (h * w, C) stream steps."""
+    def __init__(self, prior: LevelPrior, shape: tuple[int, int], condition: Condition | None = None) -> None:
+        """shape: (h, w); condition: as in ``fill_grid``."""
         self.prior, config, (h, self.width) = prior, prior.config, shape
         most, c = min(h, (self.width + 1) // 2), config.channels
-        self.condition = np.empty((0, c), np.int16) if condition is None else condition
+        nothing = np.empty((0, c), np.int16)
+        self.condition = condition or (lambda wave: nothing)
         self.t, self.first, self.n = 0, 0, 0
         # One ring of steps per layer that looks at neighbours, with room for the row above the wave.
         depth = prior.vectors.shape[0] * prior.vectors.shape[2]
@@ -170,7 +204,7 @@ class Walk:
         self.narrow, self.wide = _Buffer(most, c), _Buffer(most, 2 * c)
         self.sums, self.hidden = _Buffer(most, prior.groups * config.hidden), _Buffer(most, config.hidden)
         self.scores = _Buffer(most, prior.codes)
-        self.codes = np.zeros((most, depth), np.float32)
+        self.codes = _Buffer(most, depth)
         if prior.attention is not None:
             rows, a = most + ATTENTION_ROWS - 1, prior.attention.width
             self.keys, self.values = (np.zeros((rows, ATTENTION_STEPS, a), np.int8) for _ in range(2))
@@ -183,7 +217,7 @@ class Walk:
         self.t, self.first, self.n = t, first, n = wave.step, wave.rows.start, wave.rows.stop - wave.rows.start
         kernels.gather(self.code_ring, t, first, n, self.width, self.neighbours.array, 0)
         sums = self.narrow.product(self.neighbours, prior.embed.weight, n)
-        kernels.begin_stream(sums, prior.embed.bias, self.condition, t, first, n, self.width, stream)
+        kernels.begin_stream(sums, prior.embed.bias, self.condition(wave), n, stream)
         for k, block in enumerate(prior.blocks):
             if prior.attention is not None and k == prior.attention_after:
                 self._attend(prior.attention)
@@ -191,7 +225,7 @@ class Walk:
             kernels.gather(self.rings[k], t, first, n, self.width, self.taps.array, stream.shape[1])
             kernels.keep(self.rings[k], t, first, n, self.taps.array)
             sums = self.narrow.product(self.taps, block.spatial.weight, n)
-            kernels.activate(sums, block.spatial.bias, n, 0, 0, sums)
+            kernels.activate(sums, block.spatial.bias, n, 0, sums)
             kernels.add_gated(self.wide.product(self.narrow, block.gate.weight, n), block.gate.bias, n, stream)
         kernels.read_stream(stream, n, self.narrow.array)
         self.sums.product(self.narrow, prior.features, n)
@@ -201,7 +235,7 @@ class Walk:
         kernels.read_stream(self.stream, n, self.seen.array)
         kernels.read_stream(self.stream, n, self.narrow.array)
         query = self.query.product(self.narrow, layer.query.weight, n)
-        kernels.activate(query, layer.query.bias, n, 0, -dyadic.ACTIVATION_MAX, query)
+        kernels.activate(query, layer.query.bias, n, -dyadic.ACTIVATION_MAX, query)
         kernels.attend(
             query, self.keys, self.values, layer.position, t, first, n, self.width, self.attended.array
         )
@@ -210,27 +244,26 @@ class Walk:
 
     def logits(self, group: int) -> Floats:
         """(n, K) in whole steps, given the indices of this wave's earlier groups."""
-        prior, n = self.prior, self.n
-        column, hidden = group * self.hidden.array.shape[1], self.hidden.array
-        kernels.activate(self.sums.array, prior.hidden_bias, n, column, 0, hidden)
-        scores = self.scores.product(self.hidden, prior.out[group].weight, n)
+        prior, n, hidden = self.prior, self.n, self.hidden
+        width, known = prior.config.hidden, prior.known[group]
+        features = self.sums.tensor[:n, group * width : (group + 1) * width]
+        torch.addmm(features, self.codes.tensor[:n, : len(known)], known, out=hidden.tensor[:n])
+        kernels.activate(hidden.array, prior.hidden_bias[group], n, 0, hidden.array)
+        scores = self.scores.product(hidden, prior.out[group].weight, n)
         kernels.finish_logits(scores, prior.out[group].bias, n)
         return scores[:n]
 
     def put(self, group: int, index: Indices) -> None:
         """Note the indices (n,) of a group; groups come in order."""
         d = self.prior.vectors.shape[2]
-        self.codes[: self.n, group * d : (group + 1) * d] = self.prior.vectors[group][index]
-        if group < len(self.prior.added):
-            column = (group + 1) * self.hidden.array.shape[1]
-            kernels.add_codes(self.prior.added[group], index, self.n, column, self.sums.array)
+        self.codes.array[: self.n, group * d : (group + 1) * d] = self.prior.vectors[group][index]
 
     def end(self, wave: Wave) -> None:
         """All groups are put: the wave becomes history."""
         n, layer = self.n, self.prior.attention
-        kernels.keep(self.code_ring, self.t, self.first, n, self.codes)
+        kernels.keep(self.code_ring, self.t, self.first, n, self.codes.array)
         if layer is not None:
-            self.seen.array[:n, self.stream.shape[1] :] = self.codes[:n]
+            self.seen.array[:n, self.stream.shape[1] :] = self.codes.array[:n]
             sums = self.known.product(self.seen, layer.key_value.weight, n)
-            kernels.activate(sums, layer.key_value.bias, n, 0, -dyadic.ACTIVATION_MAX, sums)
+            kernels.activate(sums, layer.key_value.bias, n, -dyadic.ACTIVATION_MAX, sums)
             kernels.keep_attention(sums, self.t, self.first, n, self.keys, self.values)
