@@ -21,7 +21,7 @@ from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
 from vqcodec.models.dyadic import LOGIT_BITS
 from vqcodec.models.quantizer import Codebook
-from vqcodec.models.tiling import TILE, run_tiled
+from vqcodec.models.tiling import Step, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.models.wavefront import Choose, CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid
 from vqcodec.targets import Reached, Target, reach
@@ -198,11 +198,10 @@ class Codec:
         network: Callable[..., Sequence[Tensor]],
         cells: tuple[int, int],
         *sources: Tensor | None,
-        size: tuple[int, int] | None = None,
-        tile: int = TILE,
+        tile: int | None = None,
     ) -> list[Tensor]:
         config = self.model.config
-        return run_tiled(network, sources, cells, config.stride, config.halo(), self.device, size, tile)
+        return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device, tile=tile)
 
 
 def _picture(image: Any) -> Picture:
@@ -251,7 +250,7 @@ class PictureEncoder:
                 grid = _fill(codec, k, self.cells, self.grids, self._level, walk.choose)
                 payloads.append(walk.payload())
                 if k + 1 < len(model.codebooks) and not self.steps:
-                    codes = book.lookup(grid, book.vectors).permute(0, 3, 1, 2)
+                    codes = model.codes(k, [*self.grids, grid])
                     (context,) = codec.tiled(
                         lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)], self.cells, codes, context
                     )
@@ -451,17 +450,22 @@ def _fill(
     return torch.from_numpy(fill_grid(codec.prior(k, int(level)), shape, condition, choose))[None]
 
 
-def _decode_pixels(
-    codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int]
-) -> NDArray[np.uint8]:
+def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The image (H, W, 3), (H, W) = size, of index grids."""
 
-    def pixels(*indices: Tensor) -> list[Tensor]:
-        return [(codec.model.decode(indices, level) * 255).round_().clamp_(0, 255).to(torch.uint8)]
+    model, config = codec.model, codec.model.config
+
+    def step(k: int) -> Step:
+        def decode(*parts: Tensor) -> list[Tensor]:
+            indices, context = parts[: len(grids)], parts[len(grids) :]
+            found = model.decode_grid(k, model.codes(k, indices), context[0] if context else None, level)
+            return [(found * 255).round_().clamp_(0, 255).to(torch.uint8) if k + 1 == len(config.grids) else found]
+
+        return Step(decode, grids, config.halo(k))
 
     cells = (grids[0].shape[2], grids[0].shape[3])
     with _exactly(codec.device):
-        (x,) = codec.tiled(pixels, cells, *grids, size=size)
+        (x,) = run_tiled([step(k) for k in range(len(config.grids))], cells, config.stride, codec.device, size)
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 
