@@ -12,18 +12,18 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from bitstream.errors import VqcodecError
-from vqcodec import DEFAULT_QUALITY, __version__
-from vqcodec.files import write_atomically
+from vqcodec import DEFAULT_QUALITY, __version__, storage
 
 if TYPE_CHECKING:
-    from vqcodec.batch import Made, Work
+    from vqcodec.batch import Made, Pool, Work
     from vqcodec.codec import Codec
     from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
@@ -124,8 +124,8 @@ def _plan(
 
     endings: gives those of the files to be found in folders, because it is slow to know them.
     """
-    folders = any(os.path.isdir(source) for source in sources)
-    to_folder = out is not None and (folders or out.endswith(("/", os.sep)) or os.path.isdir(out))
+    inside = {source for source in sources if _is_folder(source)}
+    to_folder = out is not None and (bool(inside) or out.endswith(("/", os.sep)) or _is_folder(out))
     if force and resume:
         raise click.UsageError("--force replaces outputs that exist and --resume skips them: choose one")
     if out is not None and not to_folder and len(sources) > 1:
@@ -134,37 +134,39 @@ def _plan(
         raise click.UsageError("- (standard input) has no name: give it alone, with -o FILE or -o -")
     jobs: list[_Job] = []
     for source in sources:
-        if os.path.isdir(source):
+        if source in inside:
             jobs += _jobs_in(source, out or source, suffix, endings())
         elif out is None:
             jobs.append(_Job(source, source if source == "-" else _renamed(source, suffix)))
         elif to_folder:
-            jobs.append(_Job(source, os.path.join(out, _renamed(os.path.basename(source), suffix))))
+            jobs.append(_Job(source, storage.join(out, _renamed(os.path.basename(source), suffix))))
         else:
             jobs.append(_Job(source, "-" if out == "/dev/stdout" else out))
-    left = [job for job in jobs if not (resume and os.path.isfile(job.target))]
+    there = _existing([job.target for job in jobs]) if resume else set()
+    left = [job for job in jobs if job.target not in there]
     _refuse_clashes(left, force)
-    if out is not None:
-        parent = os.path.dirname(os.path.abspath(out))
+    path = storage.local(out) if out is not None else None  # folders elsewhere come with the files in them
+    if path is not None:
+        parent = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(parent):
             raise Failure(f"{out}: there is no folder {parent}: create it first")
-        if to_folder and not os.path.isdir(out):
-            if os.path.isfile(os.path.abspath(out)):
+        if to_folder and not os.path.isdir(path):
+            if os.path.isfile(os.path.abspath(path)):
                 raise Failure(f"{out}: is a file, not a folder: choose another name")
-            with _blame(out):
-                os.mkdir(out)
-    return _Plan(left, folders, len(jobs) - len(left))
+            with _blame(path):
+                os.mkdir(path)
+    return _Plan(left, bool(inside), len(jobs) - len(left))
 
 
 def _jobs_in(folder: str, out: str, suffix: str, endings: Collection[str]) -> list[_Job]:
-    from vqcodec.files import find, renamed
+    from vqcodec.files import renamed
 
     with _blame(folder):
-        paths = find(folder, endings)
+        paths = storage.find(folder, endings)
     if not paths:
         raise Failure(f"{folder}: no files to work on in this folder: they are known by their endings")
     names = renamed(paths, suffix)
-    return [_Job(os.path.join(folder, path), os.path.join(out, name)) for path, name in zip(paths, names, strict=True)]
+    return [_Job(storage.join(folder, path), storage.join(out, n)) for path, n in zip(paths, names, strict=True)]
 
 
 def _renamed(path: str, suffix: str) -> str:
@@ -175,6 +177,7 @@ def _refuse_clashes(jobs: Sequence[_Job], force: bool) -> None:
     """Failure if an output would take the place of a file, unless that is what `force` is for."""
     inputs = {_identity(source) for source, _ in jobs}
     source_of: dict[Any, str] = {}
+    there = _existing([job.target for job in jobs])
     for source, target in jobs:
         if target == "-":
             if sys.stdout.isatty():
@@ -185,13 +188,26 @@ def _refuse_clashes(jobs: Sequence[_Job], force: bool) -> None:
             raise Failure(f"{target}: is an input: choose another name with -o")
         if key in source_of:
             raise Failure(f"{target}: would hold {source_of[key]} and {source}: do one at a time, with -o")
-        if os.path.isfile(target) and not force:
+        if target in there and not force:
             raise Failure(f"{target}: {_REASONS[errno.EEXIST]}")
         source_of[key] = source
 
 
-def _identity(path: str) -> Any:
+def _is_folder(name: str) -> bool:
+    with _blame(name):
+        return storage.is_folder(name)
+
+
+def _existing(names: Sequence[str]) -> set[str]:
+    with _blame(names[0] if names else ""):
+        return storage.existing(names)
+
+
+def _identity(name: str) -> Any:
     """Equal for two names of one file."""
+    path = storage.local(name)
+    if path is None:
+        return name
     try:
         found = os.stat(path)
     except OSError:
@@ -204,8 +220,8 @@ def _title(source: str) -> str:
 
 
 def _read(source: str) -> bytes:
-    with _blame(_title(source)), cast(BinaryIO, click.open_file(source, "rb")) as file:
-        return file.read()
+    with _blame(_title(source)):
+        return sys.stdin.buffer.read() if source == "-" else storage.read(source)
 
 
 def _write(target: str, data: bytes | memoryview, force: bool) -> None:
@@ -214,16 +230,14 @@ def _write(target: str, data: bytes | memoryview, force: bool) -> None:
         sys.stdout.buffer.flush()
     else:
         with _blame(target):
-            os.makedirs(os.path.dirname(target) or ".", exist_ok=True)  # of a tree
-            with write_atomically(target, force) as file:
-                file.write(data)
+            storage.write(target, data, force)
 
 
-def _load(weights: str | None, device: str, jobs: int = 1) -> "Codec":
+def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
     """jobs: processes that there will be."""
     from vqcodec.codec import Codec
 
-    if jobs > 1:
+    if (jobs or 1) > 1:
         import torch
 
         torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
@@ -287,12 +301,20 @@ class _Tally:
 
 
 def _do(
-    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, workers: int, force: bool, as_json: bool
+    work: "Work",
+    plan: _Plan,
+    codec: "Codec",
+    weights: str | None,
+    engine: str,
+    workers: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Does all jobs, even if some of them fail; Exit(1) if any has."""
     tally = _Tally(skipped=plan.skipped)
     alone = len(plan.jobs) == 1 and not plan.skipped and not plan.folders
-    outcomes = contextlib.closing(_outcomes(work, plan, codec, weights, workers))  # whatever happens, no worker stays
+    # Whatever happens, no worker stays.
+    outcomes = contextlib.closing(_outcomes(work, plan, codec, weights, engine, workers))
     with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance, outcomes as each:
         for job, outcome in each:
             try:
@@ -326,13 +348,23 @@ def _do(
 
 
 def _outcomes(
-    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, workers: int
+    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, engine: str, workers: int | None
 ) -> Generator[tuple[_Job, Callable[[], tuple[int, "Made"]]], None, None]:
     """Every job, with a function that returns the size of the input and what was made of it, or raises."""
-    if workers > 1 and len(plan.jobs) > 1:
+    pool: Pool | None = None
+    if engine == "ray" and plan.jobs:
+        from vqcodec.cluster import RayPool
+
+        with _blame():
+            pool = RayPool(codec, workers or 0)
+    elif engine == "local" and (workers or 1) > 1 and len(plan.jobs) > 1:
+        from vqcodec.batch import LocalPool
+
+        pool = LocalPool(codec, weights, workers or 1)
+    if pool:
         from vqcodec.batch import spread
 
-        yield from spread(work, plan.jobs, lambda job: _read(job.source), codec, weights, workers)
+        yield from spread(work, plan.jobs, lambda job: _read(job.source), pool)
         return
     for job in plan.jobs:
 
@@ -353,7 +385,7 @@ def _whole_bar(jobs: Sequence[_Job]) -> Iterator[Callable[[_Job, _Tally], None] 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    sizes = {job.source: os.path.getsize(job.source) for job in jobs if os.path.exists(job.source)}
+    sizes = {job.source: storage.size(job.source) for job in jobs}
     count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
     columns = count, BarColumn(), TextColumn("{task.fields[speed]:.2f} MP/s"), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -410,9 +442,18 @@ A folder among the inputs stands for all files below it that have one of the rig
 OUT gets the same tree. Files of one folder that differ in nothing but their ending keep it: a.jpg.vq2, a.png.vq2.
 
 With --jobs N, N processes of one thread each work on N files at once and share one model where the system allows
-(Linux, without a GPU). A file that fails is named at once, and again in the table at the end; the others are
-done. --json prints an object per file instead, with file, output, status (done or failed), error or width, height,
-bytes_before, bytes_after, bpp, seconds, and quality where one was searched for; last, of several files,
+(Linux, without a GPU).
+
+With --engine ray, the work is done by the Ray cluster that the variable RAY_ADDRESS names, or by a new one on this
+machine alone. The files go through this machine: the others need the same vqcodec and nothing else. The file of a
+process that dies is done by another: it has failed when the fourth dies of it.
+
+INPUT and OUT may be URLs that fsspec knows, such as s3://bucket/photos; a file is sent there in one piece. URLs
+and --engine ray need more packages: pip install 'vqcodec[ray]'.
+
+A file that fails is named at once, and again in the table at the end; the others are done. --json prints an object
+per file instead, with file, output, status (done or failed), error or width, height, bytes_before, bytes_after, bpp,
+seconds, and quality where one was searched for; last, if there is more than one file or a folder,
 {"summary": {...}}."""
 
 _EXIT_CODES = """\b
@@ -424,7 +465,9 @@ Exit codes:
 No output is ever left half-written."""
 
 _inputs = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path())
-_out = click.option("-o", "--output", "out", metavar="OUT", type=click.Path(), help="Where to, see below.")
+_out = click.option(
+    "-o", "--output", "out", metavar="OUT", type=click.Path(), help="Where to, see below.  [default: beside INPUT]"
+)
 _force = click.option("-f", "--force", is_flag=True, help="Replace outputs that exist.")
 _device = click.option(
     "--device",
@@ -445,7 +488,29 @@ _quality = click.option(
 )
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
-_jobs = click.option("-j", "--jobs", metavar="N", type=_count, default=1, help="Files to work on at once.")
+_jobs = click.option(
+    "-j",
+    "--jobs",
+    metavar="N",
+    type=_count,
+    show_default="1, with ray one per CPU",
+    help="Files to work on at once.",
+)
+
+
+def _installed(ctx: click.Context, param: click.Parameter, engine: str) -> str:
+    if engine == "ray" and find_spec("ray") is None:
+        raise Failure("--engine ray needs the package ray: pip install 'vqcodec[ray]'")
+    return engine
+
+
+_engine = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    callback=_installed,
+    help="Where the jobs run: here, or on a Ray cluster.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object per file, on a line of its own.")
 _max_pixels = click.option(
     "--max-pixels",
@@ -469,6 +534,7 @@ def main() -> None:
     Examples:
       vqcodec encode photo.png      writes photo.vq2
       vqcodec decode photo.vq2      writes photo.png
+      vqcodec encode photos/        every picture in a folder
       vqcodec info photo.vq2        shows what is in the file
       vqcodec compare photo.png     shows it beside JPEG, WebP and AVIF
       vqcodec encode --help         explains one command
@@ -501,11 +567,12 @@ _positive = click.FloatRange(0, min_open=True)
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
-@click.option("--effort", type=click.IntRange(0, 3), default=0, show_default=True, help="More time for smaller files.")
+@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="More time for smaller files.")
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
 @_resume
 @_jobs
+@_engine
 @_json
 @_device
 @_weights
@@ -523,7 +590,8 @@ def encode(
     strip: bool,
     force: bool,
     resume: bool,
-    jobs: int,
+    jobs: int | None,
+    engine: str,
     as_json: bool,
     device: str,
     weights: str | None,
@@ -539,6 +607,7 @@ def encode(
       vqcodec encode --effort 2 photo.png       smaller, many times slower
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
+      vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
       vqcodec encode - -o - < photo.png > photo.vq2
 
     INPUT may have any format that Pillow reads. Size, grey or colour, transparency, ICC profile, EXIF and XMP
@@ -553,7 +622,7 @@ def encode(
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, max_pixels), plan, codec, weights, jobs, force, as_json)
+    _do(Encode(quality, target, strip, effort, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -607,6 +676,7 @@ def _plan_for(
 @_force
 @_resume
 @_jobs
+@_engine
 @_json
 @_device
 @_weights
@@ -617,7 +687,8 @@ def decode(
     preview: bool,
     force: bool,
     resume: bool,
-    jobs: int,
+    jobs: int | None,
+    engine: str,
     as_json: bool,
     device: str,
     weights: str | None,
@@ -651,7 +722,7 @@ def decode(
     codec = _load(weights, device, jobs)
     from vqcodec.batch import Decode
 
-    _do(Decode(format, preview, max_pixels), plan, codec, weights, jobs, force, as_json)
+    _do(Decode(format, preview, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
 
 
 @main.command(epilog=_EXIT_CODES)

@@ -5,7 +5,7 @@ import time
 import pytest
 from tiny_model import GOLDEN, WEIGHTS
 
-from vqcodec.batch import Decode, Made, WorkerError, spread
+from vqcodec.batch import Decode, LocalPool, Made, WorkerError, spread
 from vqcodec.codec import Codec, Progress
 from vqcodec.files import find, renamed
 
@@ -37,7 +37,7 @@ def outcomes(jobs: list[str], codec: Codec, workers: int = 2) -> dict[str, bytes
             raise FileNotFoundError(job)
         return job.rstrip("0123456789").encode()
 
-    for job, outcome in spread(work, jobs, read, codec, str(WEIGHTS), workers):
+    for job, outcome in spread(work, jobs, read, LocalPool(codec, str(WEIGHTS), workers)):
         try:
             size, made = outcome()
             assert size == len(read(job))
@@ -62,7 +62,7 @@ def test_a_worker_that_dies_takes_one_job_with_it(codec: Codec) -> None:
 
 
 def test_who_stops_listening_stops_the_workers(codec: Codec) -> None:
-    spreading = spread(work, ["a", "wait", "wait"], str.encode, codec, str(WEIGHTS), 2)
+    spreading = spread(work, ["a", "wait", "wait"], str.encode, LocalPool(codec, str(WEIGHTS), 2))
     assert next(spreading)[0] == "a"
     spreading.close()
     assert not multiprocessing.active_children()
@@ -74,10 +74,8 @@ def test_nothing_to_do_is_done_at_once(codec: Codec) -> None:
 
 def test_workers_decode_like_this_process(codec: Codec) -> None:
     decode = Decode("png", False, 10**6)
-    found = {
-        path: outcome()[1].data
-        for path, outcome in spread(decode, FILES[:2], lambda path: path.read_bytes(), codec, str(WEIGHTS), 2)
-    }
+    spreading = spread(decode, FILES[:2], lambda path: path.read_bytes(), LocalPool(codec, str(WEIGHTS), 2))
+    found = {path: outcome()[1].data for path, outcome in spreading}
     assert found == {path: decode(codec, path.read_bytes()).data for path in FILES[:2]}
 
 

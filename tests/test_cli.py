@@ -409,7 +409,7 @@ def test_a_target_without_permission_is_one_line(here: Path, monkeypatch: pytest
     def locked(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(here))
 
-    monkeypatch.setattr("cli.write_atomically", locked)
+    monkeypatch.setattr("vqcodec.files.write_atomically", locked)
     refused(encode("photo.png"), f"{here}: permission denied")
 
 

@@ -101,27 +101,37 @@ class Decode:
 # --- in several processes ---
 
 
-def spread(
-    work: Work,
-    jobs: Iterable[Job],
-    read: Callable[[Job], bytes],
-    codec: Codec,
-    weights: str | None,
-    workers: int,
-) -> Generator[tuple[Job, Callable[[], tuple[int, Made]]], None, None]:
-    """Does all jobs in worker processes of one thread each; yields them as they get done, with a function that returns
-    the size of the input and what was made of it, or raises.
+class Pool(Protocol):
+    """Processes that work, each with a codec. room: how many files they are to have at once, also those that wait."""
 
-    read: gives the bytes of a job, in this process, a little ahead. weights: what ``codec`` was loaded from, for
-    systems where a new process does not inherit it. A worker that dies takes one job with it (WorkerError), no more.
+    room: int
+
+    def submit(self, work: Work, data: bytes) -> Future[Made]:
+        """Starts the work on a file. BrokenProcessPool, from here or from the future: a process has died, and with it
+        all that was submitted; only after ``restart`` there is a pool again."""
+
+    def restart(self) -> None: ...
+
+    def close(self, now: bool) -> None:
+        """Ends the processes; now: whatever they are at."""
+
+
+def spread(
+    work: Work, jobs: Iterable[Job], read: Callable[[Job], bytes], pool: Pool
+) -> Generator[tuple[Job, Callable[[], tuple[int, Made]]], None, None]:
+    """Does all jobs in the processes of a pool, which it closes in the end; yields them as they get done, with a
+    function that returns the size of the input and what was made of it, or raises.
+
+    read: gives the bytes of a job, in this process, a little ahead. A worker that dies takes one job with it
+    (WorkerError), no more.
     """
     waiting, suspects = iter(jobs), deque[tuple[Job, bytes]]()
     running: dict[Future[Made], tuple[Job, bytes]] = {}
-    more, pool = True, _pool(codec, weights, workers)
+    more = True
     try:
         while True:
             # After a death, those that may have been the cause go one at a time: the next one to die is guilty.
-            room = 1 if suspects else workers + 1
+            room = 1 if suspects else pool.room
             while len(running) < room and (suspects or more):
                 if suspects:
                     job, data = suspects.popleft()
@@ -137,24 +147,22 @@ def spread(
                         yield job, partial(_raise, error)
                         continue
                 try:
-                    running[pool.submit(_work, work, data)] = job, data
+                    running[pool.submit(work, data)] = job, data
                 except BrokenProcessPool:  # a death that nobody has been told of yet
                     suspects.append((job, data))
-                    pool.shutdown()
-                    pool = _pool(codec, weights, workers)
+                    pool.restart()
                     break
             if not running:
                 if suspects or more:
                     continue
-                return
+                break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             dead = [future for future in done if isinstance(future.exception(), BrokenProcessPool)]
             for future in done.difference(dead):
                 job, data = running.pop(future)
                 yield job, partial(_result, future, len(data))
             if dead:
-                pool.shutdown()
-                pool = _pool(codec, weights, workers)
+                pool.restart()
                 if len(running) == 1:
                     ((job, _),) = running.values()
                     yield job, partial(_raise, WorkerError("the process that worked on it died: give it more memory"))
@@ -162,11 +170,9 @@ def spread(
                     suspects.extend(running.values())
                 running.clear()
     except BaseException:  # an interrupt, for instance: nobody waits for what the workers are at
-        for process in multiprocessing.active_children():
-            process.terminate()
+        pool.close(now=True)
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    pool.close(now=False)
 
 
 def _result(future: Future[Made], size: int) -> tuple[int, Made]:
@@ -177,24 +183,47 @@ def _raise(error: Exception) -> tuple[int, Made]:
     raise error
 
 
+class LocalPool:
+    """Processes of one thread each on this machine, with a codec in each.
+
+    weights: what ``codec`` was loaded from, for systems where a new process does not inherit it.
+    """
+
+    def __init__(self, codec: Codec, weights: str | None, workers: int) -> None:
+        self._codec, self._weights, self._workers = codec, weights, workers
+        self.room = workers + 1  # nobody waits for a file to be read
+        self._start()
+
+    def _start(self) -> None:
+        global _codec
+        # Threads and GPUs do not survive a fork: Linux on the CPU does it, with a single thread in this process.
+        forks = sys.platform == "linux" and self._codec.device.type == "cpu"
+        context = multiprocessing.get_context("fork" if forks else "spawn")
+        if forks:
+            # The kernels are compiled here once, and not in every worker.
+            self._codec.encode(np.zeros((1, 1), np.uint8), 1)
+        _codec = self._codec if forks else None
+        initial = self._weights, self._codec.device.type
+        self._processes = ProcessPoolExecutor(self._workers, context, _begin, initial)
+        self._processes.submit(int).result()  # all are started
+
+    def submit(self, work: Work, data: bytes) -> Future[Made]:
+        return self._processes.submit(_work, work, data)
+
+    def restart(self) -> None:
+        self._processes.shutdown()
+        self._start()
+
+    def close(self, now: bool) -> None:
+        for process in multiprocessing.active_children() if now else []:
+            process.terminate()
+        self._processes.shutdown(cancel_futures=True)
+
+
 _codec: Codec | None = None  # of this process, if it is a worker
 
 
-def _pool(codec: Codec, weights: str | None, workers: int) -> ProcessPoolExecutor:
-    """Worker processes, all started, with a codec in each."""
-    global _codec
-    # Threads and GPUs do not survive a fork: Linux on the CPU does it, with a single thread in this process.
-    forks = sys.platform == "linux" and codec.device.type == "cpu"
-    context = multiprocessing.get_context("fork" if forks else "spawn")
-    if forks:
-        codec.encode(np.zeros((1, 1), np.uint8), 1)  # the kernels are compiled here once, and not in every worker
-    _codec = codec if forks else None
-    pool = ProcessPoolExecutor(workers, context, _start, (weights, codec.device.type))
-    pool.submit(int).result()
-    return pool
-
-
-def _start(weights: str | None, device: str) -> None:
+def _begin(weights: str | None, device: str) -> None:
     """A worker's first act."""
     global _codec
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, without a word

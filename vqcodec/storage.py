@@ -1,0 +1,126 @@
+"""Files by their names: paths of this machine, and fsspec's URLs such as s3://bucket/photo.png.
+
+A file:// URL means the path in it. Other URLs need the extra, pip install 'vqcodec[ray]', and for many protocols one
+more package, which the error names. Errors of all functions: OSError with the name, or StorageError.
+"""
+
+import contextlib
+import errno
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from bitstream.errors import VqcodecError
+from vqcodec import files
+
+
+class StorageError(VqcodecError):
+    """The fault of the network, of who owns the storage, or of the URL."""
+
+
+def local(name: str) -> str | None:
+    """The path of this machine that a name means; None for what lies elsewhere."""
+    scheme, separator, path = name.partition("://")
+    if scheme in ("file", "local") and separator:
+        return path
+    return None if separator and scheme and "/" not in scheme else name
+
+
+def join(folder: str, name: str) -> str:
+    return os.path.join(folder, name) if local(folder) == folder else posixpath.join(folder, name.replace(os.sep, "/"))
+
+
+def is_folder(name: str) -> bool:
+    path = local(name)
+    if path is not None:
+        return os.path.isdir(path)
+    with _remote(name) as (system, path):
+        return bool(system.isdir(path))
+
+
+def existing(names: Iterable[str]) -> set[str]:
+    """Those that are files. Asks once for every remote folder, not for every file."""
+    found: set[str] = set()
+    elsewhere = defaultdict[str, list[str]](list)
+    for name in names:
+        path = local(name)
+        if path is None:
+            elsewhere[posixpath.dirname(name)].append(name)
+        elif os.path.isfile(path):
+            found.add(name)
+    for folder, wanted in elsewhere.items():
+        with _remote(folder) as (system, path):
+            try:
+                listed = {posixpath.basename(entry["name"]) for entry in system.ls(path) if entry["type"] == "file"}
+            except FileNotFoundError:
+                listed = set()
+        found.update(name for name in wanted if posixpath.basename(name) in listed)
+    return found
+
+
+def find(folder: str, endings: Collection[str]) -> list[str]:
+    """As ``vqcodec.files.find``."""
+    path = local(folder)
+    if path is not None:
+        return files.find(path, endings)
+    with _remote(folder) as (system, path):
+        below = [found.removeprefix(path).lstrip("/") for found in system.find(path)]
+    visible = (name for name in below if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(name for name in visible if os.path.splitext(name)[1].lower() in endings)
+
+
+def size(name: str) -> int:
+    """In bytes; 0 where nobody knows."""
+    with contextlib.suppress(OSError, StorageError):
+        path = local(name)
+        if path is not None:
+            return os.path.getsize(path)
+        with _remote(name) as (system, path):
+            return int(system.size(path) or 0)
+    return 0
+
+
+def read(name: str) -> bytes:
+    path = local(name)
+    if path is not None:
+        with open(path, "rb") as file:
+            return file.read()
+    with _remote(name) as (system, path):
+        return bytes(system.cat_file(path))
+
+
+def write(name: str, data: bytes | memoryview, force: bool) -> None:
+    """Makes the folder if need be. A file of this machine is written as by ``vqcodec.files.write_atomically``; another
+    one is put in one request: whether half of it can be seen meanwhile is up to who stores it."""
+    path = local(name)
+    if path is not None:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with files.write_atomically(path, force) as file:
+            file.write(data)
+        return
+    with _remote(name) as (system, path):
+        if not force and system.exists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        system.makedirs(posixpath.dirname(path), exist_ok=True)
+        system.pipe_file(path, bytes(data))
+
+
+@contextlib.contextmanager
+def _remote(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL, and the path there."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise StorageError("URLs need the package fsspec: pip install 'vqcodec[ray]'") from None
+    try:
+        yield url_to_fs(url)
+    except FileNotFoundError as error:  # mostly without a number and with half of the name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    except Exception as error:  # every protocol has its own, hardly ever an OSError
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        if isinstance(error, (ImportError, ValueError)):  # fsspec's own, about the protocol
+            raise StorageError(str(error)) from error
+        raise StorageError(f"{type(error).__name__}: {error}") from error
