@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vqcodec.models import dyadic, wavefront
 from vqcodec.models.dyadic import frequencies
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.wavefront import Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid, waves
+from vqcodec.models.wavefront import CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid, waves
 
 GROUPS, DIM, CODES, LEVELS = 3, 4, 16, 2
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 21))
@@ -43,6 +44,11 @@ def parallel(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, co
     return torch.stack([frequencies(row).flatten(1, 2) for row in logits])
 
 
+def in_steps(condition: Tensor) -> NDArray[np.int16]:
+    """Stream values (h, w, C) -> steps (h w, C)."""
+    return (condition.flatten(0, 1) * 2**dyadic.STREAM_BITS).short().numpy()
+
+
 def walk(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condition: Tensor | None) -> Tensor:
     """The same from the walk, which is told the indices."""
     h, w = indices.shape[2:]
@@ -53,8 +59,9 @@ def walk(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condit
             tables[group, b, wave.cells] = torch.from_numpy(coding_tables(logits))
             return grid[group].reshape(-1)[wave.cells]
 
-        steps = None if condition is None else (condition[b].flatten(0, 1) * 2**dyadic.STREAM_BITS).short().numpy()
-        assert np.array_equal(fill_grid(LevelPrior(prior, vectors, level), (h, w), steps, told), grid)
+        steps = None if condition is None else in_steps(condition[b])
+        known = None if steps is None else lambda wave, steps=steps: steps[wave.cells].copy()
+        assert np.array_equal(fill_grid(LevelPrior(prior, vectors, level), (h, w), known, told), grid)
     return tables
 
 
@@ -168,3 +175,26 @@ def test_training_logits_are_close_to_the_exact_ones(heads: int) -> None:
             rough = prior.train()(lookup(indices, vectors), level)
     for a, b in zip(exact, rough, strict=True):
         assert (a - b.float()).abs().mean() < 0.05 * a.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 40), (40, 1), (3, 2), (13, 29), (31, 12)])
+def test_the_condition_is_the_same_in_blocks_each_computed_once(
+    h: int, w: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wavefront, "BLOCK", 8)
+    prior, level, blocks = make_prior(condition=GROUPS * DIM), torch.tensor([1]), 0
+    indices, vectors = make_grid(0, 1, h, w)
+    assert prior.condition is not None
+
+    def network(indices: Tensor) -> Tensor:
+        nonlocal blocks
+        blocks += 1
+        return prior.condition(lookup(indices, vectors), level)
+
+    whole = in_steps(network(indices)[0])
+    condition, blocks = CoarserGrid(network, prior.condition.reach, indices), 0
+    for wave in waves(2 * h, 2 * w):
+        assert np.array_equal(condition(wave), whole[wave.cells])
+        assert len(condition.blocks) <= 3 * -(-h // 4)  # of 4 x 4 coarser cells: a diagonal, not the grid
+    assert blocks == -(-h // 4) * -(-w // 4)

@@ -49,14 +49,14 @@ def test_the_table_of_promises_names_tests_and_files_that_exist() -> None:
 
 
 @pytest.mark.parametrize("target", targets.TARGETS)
-def test_fuzz_targets_pass_on_the_conformance_set(target: str) -> None:
+def test_fuzz_targets_pass_on_the_conformance_set(target: str, pillow_plugin: None) -> None:
     for data in [*DECODE, *REFUSE]:
         targets.TARGETS[target](data)
 
 
 @settings(max_examples=40)
 @given(st.sampled_from([*SMALL, *REFUSE]), st.data())
-def test_fuzz_targets_pass_on_mutations(seed: bytes, data: st.DataObject) -> None:
+def test_fuzz_targets_pass_on_mutations(pillow_plugin: None, seed: bytes, data: st.DataObject) -> None:
     """A slice of one file in the place of a slice of another, with all checks satisfied that a forger can satisfy."""
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(seed))] * 2)))
     insert = data.draw(st.binary(max_size=40) | st.sampled_from(SMALL).map(lambda other: other[start:end]))

@@ -4,12 +4,16 @@ A target returns if all is well; any exception is a finding.
 """
 
 import contextlib
+import io
+import itertools
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 from click.testing import CliRunner
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 import cli
 from bitstream import container
@@ -54,11 +58,40 @@ def info(data: bytes) -> None:
     assert (result.exit_code, *lines) in ((0, 1, 0), (1, 0, 1)), (result.output, result.exception)
 
 
+def pillow(data: bytes) -> None:
+    """With vqcodec.pillow, a picture opens, reduces and loads in one size and mode, or raises an OSError.
+
+    Pillow takes other errors of ``_open`` for another format: a file with the magic must not be unidentified.
+    """
+    import vqcodec.pillow  # not before: it changes Pillow for the whole process
+
+    for truncated, reduced in itertools.product((False, True), repeat=2):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # from half of what is an error on
+            stack.enter_context(mock.patch.dict(vqcodec._default, auto=CODEC))
+            stack.enter_context(mock.patch.object(container, "verify"))
+            stack.enter_context(mock.patch.object(Image, "MAX_IMAGE_PIXELS", MAX_PIXELS // 2))
+            stack.enter_context(mock.patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", truncated))
+            try:
+                with Image.open(io.BytesIO(data), formats=["VQ2"]) as image:
+                    if reduced:
+                        image.draft(None, (1, 1))
+                    expected = image.size, image.mode
+                    image.load()
+                    assert (image.size, image.mode) == (image.im.size, image.im.mode) == expected
+            except UnidentifiedImageError:
+                assert not data.startswith(container.MAGIC)
+            except (OSError, Image.DecompressionBombError):
+                pass
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "unpack": unpack,
     "decode": decode,
     "preview": preview,
     "info": info,
+    "pillow": pillow,
 }
 
 

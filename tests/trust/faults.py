@@ -102,7 +102,7 @@ def kills(folder: Path, count: int, seconds: float) -> Finding:
                 assert command(name, *options[name], source).exit_code == 0  # what decode reads
 
         def work(name: str = name, inputs: Collection[Path] = inputs) -> None:
-            with mock.patch.object(cli, "write_atomically", told):
+            with mock.patch("vqcodec.files.write_atomically", told):
                 while True:
                     for source in inputs:
                         assert command(name, *options[name], source, "-o", target[name]).exit_code == 0

@@ -20,11 +20,12 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from make_golden import padded  # noqa: E402
 
 from vqcodec.codec import Codec  # noqa: E402
+from vqcodec.models.tiling import TILE  # noqa: E402
 
 # What a picture may take: megabytes, and bytes for each pixel of its blocks of 16 x 16. The networks work on tiles.
-BASE, PER_PIXEL, PER_PIXEL_OF_A_TILE, TILE = 50, 12, 300, (2048 + 256) ** 2
+BASE, PER_PIXEL, PER_PIXEL_OF_A_TILE, LARGEST_TILE = 50, 12, 300, (TILE + 256) ** 2
 SIZES = [(640, 640), (25600, 1), (1, 25600)]  # all that 100 bytes allow
-LONG_SIZES = [(4096, 4096), (2**17, 1), (1, 2**17)]
+LONG_SIZES = [(4096, 4096), (2**20, 1), (1, 2**20)]  # 4 KB
 
 
 def cost(codec: Codec, data: bytes) -> tuple[float, float]:
@@ -46,7 +47,7 @@ def report(codec: Codec, width: int, height: int) -> int:
     data = padded(codec, width, height)
     seconds, megabytes = cost(codec, data)
     pixels = -(-width // 16) * -(-height // 16) * 256
-    allowed = BASE + (PER_PIXEL * pixels + PER_PIXEL_OF_A_TILE * min(pixels, TILE)) / 1e6
+    allowed = BASE + (PER_PIXEL * pixels + PER_PIXEL_OF_A_TILE * min(pixels, LARGEST_TILE)) / 1e6
     spent = f"{seconds:.1f} s, {megabytes:.0f} MB (promised {allowed:.0f})"
     print(f"{len(data):6,} bytes, {width} x {height} pixels: {spent}", flush=True)
     return int(megabytes > allowed)

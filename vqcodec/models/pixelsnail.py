@@ -117,25 +117,19 @@ class PixelSNAIL(nn.Module):
     layers.
     """
 
-    def __init__(
-        self, config: PriorConfig, groups: int, dim: int, codes: int, condition_dim: int, levels: int
-    ) -> None:
+    def __init__(self, config: PriorConfig, groups: int, dim: int, codes: int, condition_dim: int, levels: int) -> None:
         super().__init__()
         self.config, self.groups, self.dim, self.codes = config, groups, dim, codes
         c, width = config.channels, groups * dim
         self.embed = DyadicLinear(len(CAUSAL) * width, c, levels, gain=2.0)
-        self.blocks: Modules[GatedBlock] = Modules(
-            GatedBlock(c, 1 + len(CAUSAL), levels) for _ in range(config.blocks)
-        )
+        self.blocks: Modules[GatedBlock] = Modules(GatedBlock(c, 1 + len(CAUSAL), levels) for _ in range(config.blocks))
         self.attention = CausalAttention(c, width, config, levels) if config.heads else None
         self.attention_after = (config.blocks + 1) // 2
         self.condition = ConditioningStack(condition_dim, c, levels) if condition_dim else None
         self.hidden: Modules[DyadicLinear] = Modules(
             DyadicLinear(c + g * dim, config.hidden, levels, gain=2.0) for g in range(groups)
         )
-        self.out: Modules[DyadicLinear] = Modules(
-            DyadicLinear(config.hidden, codes, 1) for _ in range(groups)
-        )
+        self.out: Modules[DyadicLinear] = Modules(DyadicLinear(config.hidden, codes, 1) for _ in range(groups))
 
     def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> list[Tensor]:
         """Logits of every cell given the cells before it.
@@ -167,10 +161,9 @@ class ConditioningStack(nn.Module):
 
     def __init__(self, condition_dim: int, channels: int, levels: int, *, width: int = 96, blocks: int = 2) -> None:
         super().__init__()
+        self.reach = 1 + blocks  # coarser cells: how far it looks
         self.embed = DyadicLinear(len(AROUND) * condition_dim, width, levels, gain=2.0)
-        self.blocks: Modules[GatedBlock] = Modules(
-            GatedBlock(width, len(AROUND), levels) for _ in range(blocks)
-        )
+        self.blocks: Modules[GatedBlock] = Modules(GatedBlock(width, len(AROUND), levels) for _ in range(blocks))
         self.up = DyadicLinear(width, 4 * channels, levels)
 
     def forward(self, codes: Tensor, level: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ class Codebook(nn.Module):
         if dist.is_initialized():
             dist.broadcast(x, 0)
 
+
 class _CodeLength(torch.autograd.Function):
     """-log2 of 2**logits[index] / sum(2**logits) per row; the gradient takes no more than three passes over K."""
 

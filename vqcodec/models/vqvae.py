@@ -68,11 +68,14 @@ class ModelConfig:
     def rate_constrained(self) -> bool:
         return self.lambdas[0] > 0
 
-    def halo(self) -> int:
-        """Pixels, a multiple of the stride: no network's output depends on inputs further away than this."""
-        reach, stride = 0, STEM
-        while stride <= self.stride:
-            reach += stride * (2 * self.blocks + 3)
+    def halo(self, k: int | None = None) -> int:
+        """Pixels, a multiple of the stride: no output of the encoder depends on inputs further away than this; for a
+        grid k, none of ``decode_grid``."""
+        coarsest = self.stride if k is None else self.grids[k].stride
+        finest = STEM if k is None or k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride
+        reach, stride = 0, finest
+        while stride <= coarsest:
+            reach += stride * (2 * self.blocks + 1)  # of the blocks, and one convolution before or after
             stride *= 2
         return -(-reach // self.stride) * self.stride
 
@@ -87,7 +90,7 @@ class ResBlock(nn.Module):
         self.b.weight.data *= 0.3
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.b(F.relu(self.a(F.relu(x))))
+        return self.b(F.relu(self.a(F.relu(x)), inplace=True)).add_(x)
 
 
 class Stage(nn.Module):
@@ -199,9 +202,7 @@ class VQVAE(nn.Module):
         features = [found[grid.stride] for grid in self.config.grids]
         if not self.config.linear_path:
             return features
-        return [
-            torch.cat([y, layer(x - 0.5)], 1) for y, layer in zip(features, self.coefficients, strict=True)
-        ]
+        return [torch.cat([y, layer(x - 0.5)], 1) for y, layer in zip(features, self.coefficients, strict=True)]
 
     def latent(self, k: int, features: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Latents z (B, M * d, h, w) of grid k from what ``analyse`` found and the decoded coarser grids."""
@@ -239,20 +240,19 @@ class VQVAE(nn.Module):
     def decode(self, indices: Sequence[Tensor], level: Tensor) -> Tensor:
         """Index grids (B, M, h, w), coarsest first -> image (B, 3, H, W). Without the finer grids: a preview."""
         context = None
-        for k, book in enumerate(self.codebooks):
-            if k < len(indices):
-                codes = book.lookup(indices[k], book.vectors).permute(0, 3, 1, 2)
-            else:
-                codes = self.absent(k, indices[0])
-            context = self.decode_grid(k, codes, context, level)
+        for k in range(len(self.codebooks)):
+            context = self.decode_grid(k, self.codes(k, indices), context, level)
         assert context is not None
         return context
 
-    def absent(self, k: int, coarsest: Tensor) -> Tensor:
-        """What stands for the code vectors of grid k where they are not known: zeros (B, M * d, h, w)."""
-        grid, (b, _, h, w) = self.config.grids[k], coarsest.shape
+    def codes(self, k: int, indices: Sequence[Tensor]) -> Tensor:
+        """Code vectors (B, M * d, h, w) of grid k; zeros stand for those of a grid that is not among the indices."""
+        book = self.codebooks[k]
+        if k < len(indices):
+            return book.lookup(indices[k], book.vectors).permute(0, 3, 1, 2)
+        grid, (b, _, h, w) = self.config.grids[k], indices[0].shape
         ratio = self.config.stride // grid.stride
-        return self.codebooks[k].vectors.new_zeros(b, grid.groups * grid.dim, h * ratio, w * ratio)
+        return book.vectors.new_zeros(b, grid.groups * grid.dim, h * ratio, w * ratio)
 
     def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
         """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
@@ -319,7 +319,9 @@ class VQVAE(nn.Module):
                     gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
         index = torch.stack(chosen)
         e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
-        penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
+        # The straight-through gradient raises the scale of the latents, that of the rate lowers it: they balance where
+        # a bit is worth its distortion. Commitment would shift that balance towards coarser latents.
+        penalty = (1 - rate_weight) * COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
         penalty = penalty + rate_weight * ((v - values) * gradient).sum((0, 2, 3))  # zero, but for its gradient
         if book.learning == "loss":
             penalty = penalty + (values - e).pow(2).sum((0, 2, 3))
@@ -328,4 +330,3 @@ class VQVAE(nn.Module):
         straight = v + (e - v).detach()
         joined = straight.permute(1, 0, 3, 2).reshape(b, -1, h, w)
         return index.transpose(0, 1).unflatten(2, (h, w)), joined, penalty
-

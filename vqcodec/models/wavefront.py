@@ -164,9 +164,7 @@ class _Attention:
 
     def __init__(self, layer: CausalAttention, level: int) -> None:
         self.width = layer.heads * layer.head_channels
-        self.query, self.key_value = (
-            _Layer(m, level, dyadic.ACTIVATION_BITS) for m in (layer.query, layer.key_value)
-        )
+        self.query, self.key_value = (_Layer(m, level, dyadic.ACTIVATION_BITS) for m in (layer.query, layer.key_value))
         self.gate = _Gate(layer.gate, level)
         position = dyadic.logit(layer.position.detach().float().cpu()) * 2.0**dyadic.LOGIT_BITS
         self.position = position.numpy().astype(np.int64)
@@ -236,9 +234,7 @@ class Walk:
         kernels.read_stream(self.stream, n, self.narrow.array)
         query = self.query.product(self.narrow, layer.query.weight, n)
         kernels.activate(query, layer.query.bias, n, -dyadic.ACTIVATION_MAX, query)
-        kernels.attend(
-            query, self.keys, self.values, layer.position, t, first, n, self.width, self.attended.array
-        )
+        kernels.attend(query, self.keys, self.values, layer.position, t, first, n, self.width, self.attended.array)
         sums = self.wide.product(self.attended, layer.gate.weight, n)
         kernels.add_gated(sums, layer.gate.bias, n, self.stream)
 
