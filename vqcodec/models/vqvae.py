@@ -319,9 +319,7 @@ class VQVAE(nn.Module):
                     gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
         index = torch.stack(chosen)
         e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
-        # The straight-through gradient raises the scale of the latents, that of the rate lowers it: they balance where
-        # a bit is worth its distortion. Commitment would shift that balance towards coarser latents.
-        penalty = (1 - rate_weight) * COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
+        penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
         penalty = penalty + rate_weight * ((v - values) * gradient).sum((0, 2, 3))  # zero, but for its gradient
         if book.learning == "loss":
             penalty = penalty + (values - e).pow(2).sum((0, 2, 3))
