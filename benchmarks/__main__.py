@@ -125,8 +125,9 @@ def speed(output: Path | None, **options: Any) -> None:
 @click.option(
     "--prior", "priors", multiple=True, type=file_type, help="Weights with the same codebooks and another prior."
 )
+@click.option("--efforts", callback=numbers(int), help="Such as 1,2,3, to compare with 0; none by default.")
 def ablate(folder: Path, output: Path | None, **options: Any) -> None:
-    """What the rate-constrained choice and each part of the prior buy."""
+    """What the rate-constrained choice, the encoder's effort and each part of the prior buy."""
     from benchmarks import ablate
 
     _finish(
@@ -148,6 +149,17 @@ def entropy(folder: Path, output: Path | None, **options: Any) -> None:
         entropy.table,
         lambda: entropy.run(folder, output or _default("entropy", folder), tell=_tell, **options),
     )
+
+
+@main.command()
+@click.argument("log", type=file_type)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="results/NAME, without an ending.")
+@click.option("--levels", default=8, show_default=True, type=click.IntRange(1), help="Quality levels of the model.")
+def training(log: Path, output: Path, levels: int) -> None:
+    """Draw the curve of a log of `vqcodec train`."""
+    from benchmarks import training
+
+    _finish(training.table, lambda: training.run(log, output, levels=levels))
 
 
 @main.command()

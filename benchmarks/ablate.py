@@ -1,14 +1,15 @@
-"""What each part buys: the choice of indices, and the parts of the prior, on the same indices.
+"""What each part buys: the choice of indices, the encoder's effort, and the parts of the prior, on the same indices.
 
 The priors are evaluated in their parallel form, which gives the bits that the walk would spend.
 """
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -28,13 +29,13 @@ from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import load_weights
 
 MOST_SIDE = 768  # pixels: in its parallel form attention takes memory with the square of the image
-CHOICES = ("nearest", "rate-constrained")
+REFERENCE = "rate-constrained"  # the choice that all others are compared with
 ORDER0 = {
     "ideal order 0": "the entropy of the use of codes over all images, by group: what a fixed table could reach",
     "adaptive order 0": "a table of counts by group that every image starts anew (Krichevsky and Trofimov)",
 }
 PARTS = {
-    "no attention, no conditioning": "neither of them",
+    "no attention, no conditioning": "convolutions alone",
     "no attention": "the prior without its attention",
     "no conditioning": "the prior without what it sees of the coarser grid",
     "full": "the prior as it codes",
@@ -49,6 +50,15 @@ class NearestCodec(Codec):
         return super().level_for(*args, **kwargs)[0], 0.0
 
 
+class Point(NamedTuple):
+    """A file. cost: lambda MSE (of 0..255) + bits per pixel, what the encoder minimises; seconds: of encoding."""
+
+    bpp: float
+    psnr: float
+    cost: float
+    seconds: float
+
+
 def run(
     folder: Path,
     output: Path,
@@ -56,14 +66,17 @@ def run(
     weights: Path | None = None,
     priors: Sequence[Path] = (),
     qualities: tuple[float, ...] | None = None,
+    efforts: Sequence[int] | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure and save OUTPUT.json.
 
-    priors: weights files with the same codebooks, whose priors are evaluated on the same indices.
+    priors: weights files with the same codebooks, whose priors are evaluated on the same indices. efforts: of the
+    encoder, to be compared with 0. Raises ValueError for qualities and efforts out of range and for other codebooks.
     """
     codec = Codec.load(weights, device="cpu")
-    codecs = {"nearest": NearestCodec.load(weights, device="cpu"), "rate-constrained": codec}
+    encoders = {"nearest": (NearestCodec.load(weights, device="cpu"), 0), REFERENCE: (codec, 0)}
+    encoders |= {f"effort {effort}": (codec, effort) for effort in efforts or ()}
     model = codec.model
     others = {f"prior of {path.stem}": _with_same_codebooks(path, model) for path in priors}
     levels = qualities or tuple(float(level) for level in range(1, model.config.levels + 1))
@@ -71,29 +84,29 @@ def run(
         (q, k): defaultdict(float) for q in levels for k in range(len(model.priors))
     }
     counts = {(q, k): np.zeros((g.groups, g.codes), np.int64) for q in levels for k, g in enumerate(model.config.grids)}
-    points: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+    points: dict[tuple[str, float], list[Point]] = defaultdict(list)
     skipped: dict[str, str] = {}
     images, pixels = 0, 0
     for name, picture in corpus.photos(folder, skipped):
         picture = _middle(picture)
         images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
-        encoders = {choice: PictureEncoder(codecs[choice], from_array(picture)) for choice in CHOICES}
         for quality in levels:
-            for choice, encoder in encoders.items():
-                size = len(encoder.encode(quality))
-                bpp = bits_per_pixel(size, encoder.width * encoder.height)
-                points[choice, quality].append((bpp, psnr(picture, encoder.decoded())))
-            grids = encoders["rate-constrained"].grids
+            grids: dict[str, list[Tensor]] = {}
+            for choice, (used_codec, effort) in encoders.items():
+                encoder = PictureEncoder(used_codec, from_array(picture), effort)
+                points[choice, quality].append(_point(encoder, picture, quality, codec.level_for(quality)))
+                grids[choice] = encoder.grids
+            chosen = grids[REFERENCE]
             level = torch.tensor([codec.level_for(quality)[0]])
-            for k in range(len(grids)):
-                used = usage(grids[k], model.config.grids[k].codes)
+            for k in range(len(chosen)):
+                used = usage(chosen[k], model.config.grids[k].codes)
                 counts[quality, k] += used
                 found = bits[quality, k]
                 found["adaptive order 0"] += adaptive_bits(used)
-                for part, spent in part_bits(model, k, grids, level).items():
+                for part, spent in part_bits(model, k, chosen, level).items():
                     found[part] += spent
                 for title, other in others.items():
-                    found[title] += prior_bits(other, k, grids, level)
+                    found[title] += prior_bits(other, k, chosen, level)
         tell(f"{name}: done")
     for name, reason in skipped.items():
         tell(f"{name}: skipped, {reason}")
@@ -101,24 +114,44 @@ def run(
         raise ValueError(f"{folder}: none of the images can be read")
     for key, used in counts.items():
         bits[key]["ideal order 0"] = ideal_bits(used)
+    variants = ORDER0 | PARTS | {title: "trained separately" for title in others}
+    all_grids = range(len(model.config.grids))
     result = {
         "benchmark": "ablate",
         "machine": machine.describe(codec, weights),
         "corpus": {"folder": folder.resolve().name, "images": images, "pixels": pixels, "skipped": skipped},
-        "variants": ORDER0 | PARTS | {title: "trained separately" for title in others},
-        "choice": _choices(points, levels),
+        "variants": variants,
+        "choice": _choices(points, tuple(encoders), levels, pixels / images),
         "priors": [
             {
                 "quality": q,
                 "stride": model.config.grids[k].stride,
                 "indices": int(counts[q, k].sum()),
-                "bits_per_index": {name: spent / int(counts[q, k].sum()) for name, spent in bits[q, k].items()},
+                "bits_per_index": {name: bits[q, k][name] / int(counts[q, k].sum()) for name in variants},
             }
             for q, k in bits
+        ],
+        "priors_of_all_grids": [
+            {
+                "quality": q,
+                "bits_per_pixel": {name: sum(bits[q, k][name] for k in all_grids) / pixels for name in variants},
+            }
+            for q in levels
         ],
     }
     corpus.save_json(output, result)
     return result
+
+
+def _point(encoder: PictureEncoder, picture: Bytes, quality: float, level: tuple[int, float]) -> Point:
+    """level: of the quality, and the factor on its rates, as the product codes it."""
+    start = time.perf_counter()
+    size = len(encoder.encode(quality))
+    seconds = time.perf_counter() - start
+    bpp, db = bits_per_pixel(size, encoder.width * encoder.height), psnr(picture, encoder.decoded())
+    number, rate_weight = level
+    distortion = encoder.codec.model.config.lambdas[number] * 255**2 * 10 ** (-db / 10)
+    return Point(bpp, db, distortion + rate_weight * bpp, seconds)
 
 
 def _middle(pixels: Bytes) -> Bytes:
@@ -136,19 +169,34 @@ def _with_same_codebooks(path: Path, model: VQVAE) -> VQVAE:
 
 
 def _choices(
-    points: dict[tuple[str, float], list[tuple[float, float]]], levels: Sequence[float]
+    points: dict[tuple[str, float], list[Point]], choices: Sequence[str], levels: Sequence[float], pixels: float
 ) -> dict[str, Any]:
-    """Mean bpp and PSNR of either choice at each quality; what the nearest code needs at its PSNR in percent of what
-    the rate-constrained choice needs, interpolated; and the BD-rate."""
-    means = {choice: [np.mean(points[choice, q], 0).tolist() for q in levels] for choice in CHOICES}
-    nearest, chosen = (Curve(*zip(*sorted(map(tuple, means[choice])), strict=True)) for choice in CHOICES)
-    rows = {
-        choice: [{"quality": q, "bpp": bpp, "psnr": db} for q, (bpp, db) in zip(levels, means[choice], strict=True)]
-        for choice in CHOICES
+    """Of every choice the means at each quality, its size at its PSNR in percent of what the reference needs,
+    interpolated, and its cost in percent of the reference's; and the BD-rate against the reference.
+
+    pixels: mean of the images.
+    """
+    means = {c: [Point(*np.mean(points[c, q], 0).tolist()) for q in levels] for c in choices}
+    curves = {
+        c: Curve(*zip(*sorted((point.bpp, point.psnr) for point in means[c]), strict=True)) for c in choices
     }
-    for row in rows["nearest"]:
-        row["percent_of_size_at_equal_psnr"] = relative_size(row["bpp"], row["psnr"], chosen)
-    return {**rows, "bd_rate": bd_rate(nearest, chosen)._asdict()}
+    return {
+        c: {
+            "rows": [
+                {
+                    "quality": q,
+                    "bpp": point.bpp,
+                    "psnr": point.psnr,
+                    "percent_of_size_at_equal_psnr": relative_size(point.bpp, point.psnr, curves[REFERENCE]),
+                    "percent_of_cost": 100 * point.cost / base.cost,
+                    "seconds_per_megapixel": 1e6 * point.seconds / pixels,
+                }
+                for q, point, base in zip(levels, means[c], means[REFERENCE], strict=True)
+            ],
+            "bd_rate": bd_rate(curves[REFERENCE], curves[c])._asdict(),
+        }
+        for c in choices
+    }
 
 
 # --- order 0 ---
@@ -181,17 +229,20 @@ def adaptive_bits(used: Any) -> float:
 
 
 def part_bits(model: VQVAE, k: int, grids: Sequence[Tensor], level: Tensor) -> dict[str, float]:
-    """Bits of grid k under the prior and under what is left of it without some parts; without parts that it does not
-    have, nothing."""
+    """Bits of grid k under the prior and under what is left of it without some parts. A part that the prior does not
+    have anyway changes nothing."""
     prior = model.priors[k]
-    found = {"full": prior_bits(model, k, grids, level)}
-    if k:
-        found["no conditioning"] = prior_bits(model, k, grids, level, conditioned=False)
+
+    def bits(conditioned: bool = True) -> float:
+        return prior_bits(model, k, grids, level, conditioned=conditioned)
+
+    found = {"full": bits()}
+    found["no conditioning"] = bits(conditioned=False) if k else found["full"]
+    found["no attention"], found["no attention, no conditioning"] = found["full"], found["no conditioning"]
     if prior.attention is not None:
         with _without_attention(prior):
-            found["no attention"] = prior_bits(model, k, grids, level)
-            if k:
-                found["no attention, no conditioning"] = prior_bits(model, k, grids, level, conditioned=False)
+            found["no attention"] = bits()
+            found["no attention, no conditioning"] = bits(conditioned=False) if k else found["no attention"]
     with _without_rounding(prior):
         found["full, not rounded"] = prior_bits(model, k, grids, level, exact=False)
     return found
@@ -248,23 +299,28 @@ def table(result: dict[str, Any]) -> str:
     images, folder = result["corpus"]["images"], result["corpus"]["folder"]
     lines = [machine.title(result["machine"]), f"{folder}: {images} images"]
     lines += [f"skipped {name}: {reason}" for name, reason in result["corpus"]["skipped"].items()]
-    titles = "   ".join(f"{choice:>22}" for choice in CHOICES)
-    lines += ["", f"choice of indices   {titles}   nearest at equal PSNR"]
-    for rows in zip(*(result["choice"][choice] for choice in CHOICES), strict=True):
-        numbers = "   ".join(f"{row['bpp']:.4f} bpp {row['psnr']:8.2f} dB" for row in rows)
-        percent = rows[0]["percent_of_size_at_equal_psnr"]
-        size = "out of range" if percent is None else f"{percent:.0f} % of the size"
-        lines.append(f"quality {rows[0]['quality']:<12g}{numbers}   {size:>21}")
-    bd = result["choice"]["bd_rate"]
-    percent = f"none, {bd['reason']}" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
-    lines += [f"BD-rate of the rate-constrained choice against the nearest code: {percent}"]
-    lines += ["", "bits per index, of the same indices"]
-    names = [name for name in result["variants"] if any(name in row["bits_per_index"] for row in result["priors"])]
-    heads = [f"{row['quality']:g}/{row['stride']}" for row in result["priors"]]
-    lines.append(f"{'quality/stride':<31}" + " ".join(f"{head:>7}" for head in heads))
-    for name in names:
-        values = [row["bits_per_index"].get(name) for row in result["priors"]]
-        lines.append(f"{name:<31}" + " ".join(f"{'-' if v is None else f'{v:.3f}':>7}" for v in values))
-    cost = [100 * (b["full"] / b["full, not rounded"] - 1) for b in (row["bits_per_index"] for row in result["priors"])]
-    lines.append(f"{'cost of rounding, %':<31}" + " ".join(f"{value:+7.2f}" for value in cost))
+    for choice, found in result["choice"].items():
+        lines += ["", f"{choice:<18}    bpp      PSNR   size at equal PSNR   cost    s/megapixel"]
+        for row in found["rows"]:
+            percent = row["percent_of_size_at_equal_psnr"]
+            size = "out of range" if percent is None else f"{percent:.1f} %"
+            numbers = f"{row['bpp']:.4f} {row['psnr']:6.2f} dB {size:>20} {row['percent_of_cost']:6.1f} %"
+            lines.append(f"quality {row['quality']:<11g} {numbers} {row['seconds_per_megapixel']:11.1f}")
+        bd = found["bd_rate"]
+        percent = f"none, {bd['reason']}" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
+        lines += [f"BD-rate against {REFERENCE}: {percent}"] if choice != REFERENCE else []
+    rows = result["priors"]
+    heads = [f"{row['quality']:g}/{row['stride']}" for row in rows]
+    lines += ["", *_prior_lines("bits per index: quality/stride", heads, [row["bits_per_index"] for row in rows])]
+    rows = result["priors_of_all_grids"]
+    heads = [f"{row['quality']:g}" for row in rows]
+    lines += ["", *_prior_lines("bits per pixel: quality", heads, [row["bits_per_pixel"] for row in rows])]
     return "\n".join(lines)
+
+
+def _prior_lines(title: str, heads: Sequence[str], columns: Sequence[dict[str, float]]) -> list[str]:
+    """The bits of the same indices, coded in each way, and what rounding costs."""
+    lines = [f"{title:<31}" + " ".join(f"{head:>7}" for head in heads)]
+    lines += [f"{name:<31}" + " ".join(f"{column[name]:7.3f}" for column in columns) for name in columns[0]]
+    cost = [100 * (column["full"] / column["full, not rounded"] - 1) for column in columns]
+    return [*lines, f"{'cost of rounding, %':<31}" + " ".join(f"{value:+7.2f}" for value in cost)]

@@ -133,7 +133,7 @@ def _bd_rates(result: dict[str, Any]) -> list[list[str]]:
     rows = [["", *(f"by {SCALES[metric].title}" for metric in metrics), "PSNR-RGB over"]]
     for name, bd in result["bd_rate"]["psnr"].items():
         found = [result["bd_rate"][metric].get(name, {"percent": None})["percent"] for metric in metrics]
-        rates = ["–" if percent is None else f"{percent:+.1f} %".replace("-", "\N{MINUS SIGN}") for percent in found]
+        rates = ["–" if percent is None else _signed(f"{percent:+.1f} %") for percent in found]
         rows.append([name, *rates, bd["reason"] or f"{bd['low']:.1f} to {bd['high']:.1f} dB"])
     return rows
 
@@ -143,6 +143,11 @@ def _levels(result: dict[str, Any]) -> list[list[str]]:
     rows = [["quality", "bpp", *(SCALES[metric].title for metric in metrics)]]
     for row in result["means"]:
         if row["codec"] == "vq2":
-            scores = ["–" if row[metric] is None else f"{row[metric]:.4g}" for metric in metrics]
+            scores = ["–" if row[metric] is None else _signed(f"{row[metric]:.4g}") for metric in metrics]
             rows.append([f"{row['quality']:g}", f"{row['bpp']:.3f}", *scores])
     return rows
+
+
+def _signed(number: str) -> str:
+    """With a minus as wide as the plus."""
+    return number.replace("-", "\N{MINUS SIGN}")

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_model import WEIGHTS
 
 from benchmarks import ablate, speed
+from benchmarks.metrics import psnr
 from bitstream import container
 from vqcodec import Codec
 from vqcodec.codec import decode_indices
@@ -46,9 +47,10 @@ def test_bits_of_the_full_prior_are_those_of_the_file_and_parts_are_put_back() -
         assert ablate.part_bits(codec.model, k, grids, level) == found
         assert found["full, not rounded"] != found["full"]
         assert found["full, not rounded"] == pytest.approx(found["full"], rel=0.1)
-        without = {name: bits for name, bits in found.items() if name.startswith("no ")}
-        assert set(without) == ({"no conditioning"} if k else {"no attention"})
-        assert all(bits != found["full"] for bits in without.values())
+        attention = found["no attention"], found["no attention, no conditioning"]
+        assert (attention == (found["full"], found["no conditioning"])) == bool(k)  # only the coarser grid has it
+        assert (found["no conditioning"] == found["full"]) == (not k)
+        assert (found["no attention, no conditioning"] == found["no attention"]) == (not k)
 
 
 def test_ablate_measures_and_saves(tmp_path: Path) -> None:
@@ -68,13 +70,41 @@ def test_ablate_measures_and_saves(tmp_path: Path) -> None:
         assert bits["prior of tiny"] == bits["full"]
     codec = Codec.load(WEIGHTS, device="cpu")
     data = codec.encode(Image.open(folder / "a.png"), 3)
-    chosen, nearest = (result["choice"][choice][1] for choice in ("rate-constrained", "nearest"))
+    chosen, nearest = (result["choice"][choice]["rows"][1] for choice in ("rate-constrained", "nearest"))
     assert chosen["bpp"] == 8 * len(data) / (80 * 64)
     assert nearest["bpp"] > chosen["bpp"]
     assert nearest["psnr"] > chosen["psnr"]
+    assert chosen["percent_of_cost"] == chosen["percent_of_size_at_equal_psnr"] == 100
+    total = result["priors_of_all_grids"][1]["bits_per_pixel"]
+    bits = sum(row["indices"] * row["bits_per_index"]["full"] for row in result["priors"][2:])
+    assert total["full"] == pytest.approx(bits / (80 * 64))
+    assert total.keys() == result["variants"].keys()
     text = ablate.table(result)
     assert "skipped broken.png" in text
     assert "cost of rounding" in text
+
+
+def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -> None:
+    Image.fromarray(speed.pink_noise(80, 64)).save(tmp_path / "a.png")
+    options = {"weights": WEIGHTS, "qualities": (2.0, 2.5), "tell": lambda line: None}
+    result = ablate.run(tmp_path, tmp_path / "ablate", efforts=[1], **options)
+    assert list(result["choice"]) == ["nearest", "rate-constrained", "effort 1"]
+    codec, picture = Codec.load(WEIGHTS, device="cpu"), Image.open(tmp_path / "a.png")
+    for row, base in zip(*(result["choice"][name]["rows"] for name in ("effort 1", "rate-constrained")), strict=True):
+        data = codec.encode(picture, row["quality"], effort=1)
+        assert row["bpp"] == 8 * len(data) / (80 * 64)
+        assert row["psnr"] == psnr(np.array(picture), np.array(codec.decode(data)))
+        wanted = (0.01, math.sqrt(0.01 * 0.05))[row["quality"] == 2.5]  # between two levels the mean of their logs
+        cost, least = (
+            wanted * 255**2 * 10 ** (-found["psnr"] / 10) + found["bpp"] for found in (base, row)
+        )
+        assert row["percent_of_cost"] == pytest.approx(100 * least / cost)
+        assert row["percent_of_cost"] < 100
+        assert row["seconds_per_megapixel"] > base["seconds_per_megapixel"] > 0
+    assert result["choice"]["effort 1"]["bd_rate"]["reason"]
+    assert "\neffort 1 " in ablate.table(result)
+    with pytest.raises(ValueError, match="effort 4"):
+        ablate.run(tmp_path, tmp_path / "ablate", efforts=[4], **options)
 
 
 def test_priors_over_other_codebooks_are_refused(tmp_path: Path) -> None:

@@ -2,19 +2,16 @@
 
 import json
 import re
-import shutil
-import subprocess
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import WIDTHS, ask, needs_browser
 from PIL import Image
 from tiny_model import WEIGHTS
 
 from benchmarks import rd, report, speed
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DATA = re.compile(r'<script id="data" type="application/json">(.*?)</script>', re.DOTALL)
 NAME = "a<b>&.png"  # a text that is not markup
 
@@ -75,54 +72,31 @@ def test_a_report_of_another_model_is_refused(tmp_path: Path) -> None:
         report.run(tmp_path, tmp_path / "x", weights=WEIGHTS)
 
 
-PROBE = """
-<title>waiting</title>
-<iframe id="frame" style="width: WIDTHpx; height: 800px; border: 0"></iframe>
-<script>
-const frame = document.getElementById("frame");
-const fail = text => { document.title = "failed: " + text; };
-frame.srcdoc = SOURCE;
-frame.onload = () => setTimeout(() => {
-  try {
-    const page = frame.contentDocument, root = page.documentElement;
-    const event = (type, at) => new frame.contentWindow.PointerEvent(type, { ...at, bubbles: true });
-    const svg = page.querySelector("#plot svg"), dot = svg.querySelector("circle[fill='#000']").getBoundingClientRect();
-    svg.dispatchEvent(event("pointermove", { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2 }));
-    const tip = page.getElementById("tip"), shown = !tip.hidden && tip.textContent;
-    page.querySelectorAll("#metrics button")[1]?.click();
-    const slider = page.querySelector(".crop input");
-    slider.value = 20;
-    slider.dispatchEvent(new frame.contentWindow.Event("input"));
-    document.title = "done";
-    document.body.append(Object.assign(document.createElement("pre"), { id: "found", textContent: JSON.stringify({
-      overflow: root.scrollWidth - root.clientWidth,
-      curves: svg.querySelectorAll("path").length,
-      tip: shown,
-      rows: page.querySelectorAll("#bd tbody tr").length,
-      crops: [...page.querySelectorAll("figcaption")].map(caption => caption.textContent),
-      clip: page.querySelector(".pair img:nth-child(2)").style.clipPath,
-      loaded: [...page.querySelectorAll(".pair img")].every(image => image.complete && image.naturalWidth === 80),
-      markup: page.querySelectorAll("figcaption *").length,
-    }) }));
-  } catch (error) { fail(error); }
-}, 300);
-</script>
+SCRIPT = """
+const event = (type, at) => new frame.contentWindow.PointerEvent(type, { ...at, bubbles: true });
+const svg = page.querySelector("#plot svg"), dot = svg.querySelector("circle[fill='#000']").getBoundingClientRect();
+svg.dispatchEvent(event("pointermove", { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2 }));
+const tip = page.getElementById("tip"), shown = !tip.hidden && tip.textContent;
+page.querySelectorAll("#metrics button")[1]?.click();
+const slider = page.querySelector(".crop input");
+slider.value = 20;
+slider.dispatchEvent(new frame.contentWindow.Event("input"));
+return {
+  curves: svg.querySelectorAll("path").length,
+  tip: shown,
+  rows: page.querySelectorAll("#bd tbody tr").length,
+  crops: [...page.querySelectorAll("figcaption")].map(caption => caption.textContent),
+  clip: page.querySelector(".pair img:nth-child(2)").style.clipPath,
+  loaded: [...page.querySelectorAll(".pair img")].every(image => image.complete && image.naturalWidth === 80),
+  markup: page.querySelectorAll("figcaption *").length,
+};
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [1200, 390])
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
 def test_a_browser_shows_the_page_at_desktop_and_phone_width(page: str, width: int, tmp_path: Path) -> None:
-    source = json.dumps(page).replace("</", "<\\/")
-    probe = tmp_path / "probe.html"
-    probe.write_text(PROBE.replace("WIDTH", str(width)).replace("SOURCE", source), "utf-8")
-    assert BROWSER
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=5000", "--window-size=1400,900", "--dump-dom", probe.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    shown = re.search(r'<pre id="found">(.*?)</pre>', dom)
-    assert shown, re.findall("<title>(.*?)</title>", dom)
-    found = json.loads(unescape(shown[1]))
+    found = ask(page, width, SCRIPT, tmp_path)
     data = data_of(page)
     assert found.pop("tip").startswith("vq2, quality 1: ")
     assert found == {

@@ -90,26 +90,34 @@ def _shown(title: str, original: Bytes, file: bytes, kind: str, size: int) -> Sh
 
 
 _STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5em; background: #fff; color: #111 }
-.row { display: flex; gap: 1em; margin-bottom: 1.5em; overflow-x: auto }
-figure { margin: 0 } img { display: block } figcaption { font-variant-numeric: tabular-nums }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1rem; background: #fff; color: #111 }
+h1 { overflow-wrap: anywhere }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem }
+.row { margin-bottom: 2.5rem }
+figure { margin: 0 } img { display: block; max-width: 100% }
+figcaption { margin-top: 0.3rem; font-variant-numeric: tabular-nums }
 """
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+_HINT = "Pictures are shrunk to fit the window: open one in a new tab to see every pixel."
 
 
 def page(name: str, picture: Picture, rows: Sequence[Sequence[Shown]]) -> bytes:
     """A page of HTML with everything in it: the original, then a row for each quality."""
     pixels = stripped(picture).pixels
     file = _file(pixels, "PNG")
-    body = [f"<h1>{html.escape(name)}</h1>", '<div class="row">', _figure("original", file, "png", ""), "</div>"]
+    body = [f"<h1>{html.escape(name)}</h1>", f"<p>{_HINT}</p>"]
+    body += ['<div class="row">', _figure("original", file, "png", ""), "</div>"]
     for row in rows:
         body.append('<div class="row">')
         for shown in row:
             bpp = 8 * shown.size / (pixels.shape[0] * pixels.shape[1])
             scores = "".join(f"<br>{metric} {value:.2f}" for metric, value in shown.scores.items())
-            facts = f"<br>{shown.size:,} bytes, {bpp:.3f} bpp{scores}"
+            over = "<br>its smallest file" if shown.size > row[0].size else ""
+            facts = f"<br>{shown.size:,} bytes, {bpp:.3f} bpp{scores}{over}"
             body.append(_figure(shown.title, shown.file, shown.kind, facts))
         body.append("</div>")
-    head = f'<!doctype html>\n<meta charset="utf-8"><title>{html.escape(name)}</title><style>{_STYLE}</style>'
+    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{_VIEWPORT}'
+    head += f"<title>{html.escape(name)}</title><style>{_STYLE}</style>"
     return "\n".join([head, *body, ""]).encode()
 
 
