@@ -211,8 +211,7 @@ def _picture(image: Any) -> Picture:
 class PictureEncoder:
     """One picture on its way to a file, at any number of qualities.
 
-    What the networks find before the first walk hangs on the level alone (with effort, on the quality): it is kept
-    until another one is asked for.
+    What the networks find before the first walk hangs on the level alone: it is kept until another one is asked for.
     """
 
     def __init__(self, codec: Codec, picture: Picture, effort: int = 0) -> None:
@@ -228,8 +227,7 @@ class PictureEncoder:
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         self.grids: list[Tensor] = []  # of the last file
         self._level = torch.tensor([-1], device=codec.device)
-        self._rate_weight = 0.0
-        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others; with effort all latents
+        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others; nothing with effort
 
     def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
@@ -238,23 +236,27 @@ class PictureEncoder:
         tell = _Steps(model, self.cells, progress)
         self.grids, payloads, context = [], [], None
         with _exactly(codec.device):
-            self._analyse(number, rate_weight)
+            self._analyse(number)
             for k, book in enumerate(model.codebooks):
-                z = self._found[k]
-                if k and not self.steps:
+                if self.steps:
+                    z = self._fitted(rate_weight)
+                elif k == 0:
+                    z = self._found[0]
+                else:
                     (z,) = codec.tiled(
                         lambda f, c, k=k: [model.latent(k, f, c, self._level)], self.cells, self._found[k], context
                     )
                     context = None  # one of the largest of what is in memory
                 walk = _Encoding(book, z, rate_weight, tell)
-                grid = _fill(codec, k, self.cells, self.grids, self._level, walk.choose)
+                self.grids.append(_fill(codec, k, self.cells, self.grids, self._level, walk.choose))
                 payloads.append(walk.payload())
                 if k + 1 < len(model.codebooks) and not self.steps:
-                    codes = model.codes(k, [*self.grids, grid])
                     (context,) = codec.tiled(
-                        lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)], self.cells, codes, context
+                        lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)],
+                        self.cells,
+                        model.codes(k, self.grids),
+                        context,
                     )
-                self.grids.append(grid)
         picture = self.picture
         header = Header(number + 1, self.width, self.height, picture.colour, codec.fingerprint)
         checksum = container.checksum(header, [grid[0].numpy() for grid in self.grids])
@@ -266,15 +268,13 @@ class PictureEncoder:
         """What the last file decodes to, (H, W, 3), without another walk."""
         return _pixels(self.codec, self.grids, int(self._level), (self.height, self.width), self.picture.colour)
 
-    def _analyse(self, number: int, rate_weight: float) -> None:
+    def _analyse(self, number: int) -> None:
         """The networks' work on the level ``number`` (from 0), unless it is at hand."""
-        if number == int(self._level) and (rate_weight == self._rate_weight or not self.steps):
+        if number == int(self._level):
             return
-        codec, model, stride = self.codec, self.codec.model, self.codec.model.config.stride
-        self._found, self._rate_weight = [], rate_weight
+        codec, model = self.codec, self.codec.model
+        self._found = []
         self._level = torch.tensor([number], device=codec.device)
-        pad = (0, self.cells[0] * stride - self.height), (0, self.cells[1] * stride - self.width), (0, 0)
-        pixels = torch.from_numpy(np.pad(self.picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
 
         def analyse(x: Tensor) -> list[Tensor]:
             return model.analyse(x.float() / 255, self._level)
@@ -282,14 +282,25 @@ class PictureEncoder:
         def latent(features: Tensor) -> list[Tensor]:
             return [model.latent(0, features, None, self._level)]
 
-        def fitted(x: Tensor) -> list[Tensor]:
-            return refine.refined_latents(model, x.float() / 255, self._level, rate_weight, self.steps)
-
-        if self.steps:
-            self._found = codec.tiled(fitted, self.cells, pixels, tile=refine.TILE)
-        else:
-            coarsest, *finer = codec.tiled(analyse, self.cells, pixels)
+        if not self.steps:
+            coarsest, *finer = codec.tiled(analyse, self.cells, self._padded())
             self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
+
+    def _fitted(self, rate_weight: float) -> Tensor:
+        """Latents of the next grid, fitted to the picture and to the grids that there are."""
+
+        def fit(x: Tensor, *known: Tensor) -> list[Tensor]:
+            model, steps = self.codec.model, self.steps
+            return [refine.refined_latents(model, x.float() / 255, self._level, rate_weight, steps, known)]
+
+        (z,) = self.codec.tiled(fit, self.cells, self._padded(), *self.grids, tile=refine.TILE)
+        return z
+
+    def _padded(self) -> Tensor:
+        """The pixels (1, 3, H, W), repeated at the edges up to whole cells."""
+        stride = self.codec.model.config.stride
+        pad = (0, self.cells[0] * stride - self.height), (0, self.cells[1] * stride - self.width), (0, 0)
+        return torch.from_numpy(np.pad(self.picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
 
 
 def decode_picture(

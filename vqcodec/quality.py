@@ -3,8 +3,8 @@
 from vqcodec.models.pixelsnail import PriorConfig
 from vqcodec.models.vqvae import GridConfig, ModelConfig
 
-# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.8 in lambda between levels.
-LAMBDAS = tuple(round(0.001 * 1.8**k, 5) for k in range(8))
+# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.75 in lambda between levels.
+LAMBDAS = tuple(round(0.0007 * 1.75**k, 5) for k in range(8))
 
 PRODUCT = ModelConfig(
     name="vqcodec",
@@ -13,7 +13,7 @@ PRODUCT = ModelConfig(
     blocks=2,
     grids=(
         GridConfig(16, groups=4, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
-        GridConfig(8, groups=16, dim=6, codes=256, prior=PriorConfig(128, blocks=3, hidden=64)),
+        GridConfig(8, groups=24, dim=4, codes=256, prior=PriorConfig(128, blocks=3, hidden=64)),
     ),
     linear_path=True,
 )

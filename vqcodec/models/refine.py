@@ -3,8 +3,11 @@
 Sources: Campos et al., "Content Adaptive Optimization for Neural Image Compression" (2019); Yang et al., "Improving
 Inference for Neural Image Compression" (2020), for the annealing. What is minimised is what the model was trained for,
 lambda 255^2 MSE + bits, over a soft choice q = softmax(-(|z - e|^2 + bits) / temperature) that hardens step by step.
-Decoders do not notice. A step costs about three passes of the decoder and one of the priors.
+Decoders do not notice. A step costs about three passes of the decoder and one of the priors, and there are so many for
+every grid.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +22,22 @@ TILE = 512  # pixels: a tile takes as much memory as in training
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def refined_latents(model: VQVAE, x: Tensor, level: Tensor, rate_weight: float, steps: int) -> list[Tensor]:
-    """Latents of every grid, coarsest first, (1, M * d, h, w).
+def refined_latents(
+    model: VQVAE, x: Tensor, level: Tensor, rate_weight: float, steps: int, known: Sequence[Tensor]
+) -> Tensor:
+    """Latents (1, M * d, h, w) of the grid after the known ones, fitted together with those of the grids after it.
 
-    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weight: factor on the rates.
-    The model's parameters must not require gradients.
+    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weight: factor on the rates; known:
+    indices (1, M, h, w) of the coarser grids as the walk chose them, because what is fitted to another choice is worse
+    than the encoder's own answer. The model's parameters must not require gradients.
     """
     # What was made in inference mode cannot take part in a backward pass.
-    x, level = x.clone(), level.clone()
+    x, level, known = x.clone(), level.clone(), [indices.clone() for indices in known]
     weight = model.config.lambdas[int(level)] * 255**2 * x[0, 0].numel()
-    latents = _first_guess(model, x, level, rate_weight)
+    given: Tensor | None = None
+    for k in range(len(known)):
+        given = model.decode_grid(k, model.codes(k, known), given, level)
+    latents = _first_guess(model, x, level, rate_weight, known, given)
     adam = torch.optim.Adam(latents, RATE, betas=(0.9, 0.99))
     for step in range(steps):
         left = 1 - step / steps
@@ -36,13 +45,13 @@ def refined_latents(model: VQVAE, x: Tensor, level: Tensor, rate_weight: float, 
             group["lr"] = RATE * left
         temperature = TEMPERATURE[1] + (TEMPERATURE[0] - TEMPERATURE[1]) * left
         choices: list[_Soft] = []
-        for k, z in enumerate(latents):
-            coarser = choices[-1].index if choices else None
+        for k, z in enumerate(latents, len(known)):
+            coarser = choices[-1].index if choices else known[-1] if known else None
             choices.append(_Soft(model, k, z, coarser, level, rate_weight, temperature))
         softs = [choice.codes.requires_grad_() for choice in choices]
         with torch.enable_grad():
-            context: Tensor | None = None
-            for k, codes in enumerate(softs):
+            context = given
+            for k, codes in enumerate(softs, len(known)):
                 context = model.decode_grid(k, codes, context, level)
             assert context is not None
             distortion = weight * (context - x).pow(2).mean()
@@ -50,14 +59,16 @@ def refined_latents(model: VQVAE, x: Tensor, level: Tensor, rate_weight: float, 
         for z, choice, gradient in zip(latents, choices, gradients, strict=True):
             z.grad = choice.gradient(gradient)
         adam.step()
-    return latents
+    return latents[0]
 
 
-def _first_guess(model: VQVAE, x: Tensor, level: Tensor, rate_weight: float) -> list[Tensor]:
-    context: Tensor | None = None
-    coarser: Tensor | None = None
+def _first_guess(
+    model: VQVAE, x: Tensor, level: Tensor, rate_weight: float, known: Sequence[Tensor], context: Tensor | None
+) -> list[Tensor]:
+    """The encoder's latents of the grids that are not known, each after a quick choice in the ones before."""
+    coarser = known[-1] if known else None
     found = []
-    for k, features in enumerate(model.analyse(x, level)):
+    for k, features in list(enumerate(model.analyse(x, level)))[len(known) :]:
         z = model.latent(k, features, context, level)
         condition = None if coarser is None else model.condition(k, coarser, level)
         coarser, codes, _ = model.quantize(k, z, condition, level, rate_weight)
