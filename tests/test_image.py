@@ -1,6 +1,8 @@
 import io
 import itertools
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -604,6 +606,12 @@ def test_alpha_of_a_wrong_size_is_refused_before_pillow_sees_it(monkeypatch: pyt
     monkeypatch.setattr(image, "_open", lambda *_: pytest.fail("opened"))
     with pytest.raises(DamagedError, match="5 x 4"):
         unpack_alpha(pack_alpha(noise(40, 50)), 5, 4)
+
+
+def test_the_endings_are_known_in_a_process_that_has_opened_no_picture() -> None:
+    code = "from vqcodec.image import endings; print(*sorted(endings()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(found) == endings() - {".vq2"}
 
 
 def test_the_endings_are_those_of_pictures_that_can_be_read() -> None:

@@ -82,6 +82,7 @@ _WITHOUT_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 def endings() -> set[str]:
     """Endings of the formats that Pillow reads, lower case, with their dots; .vq2 is none, it is encoded already."""
+    Image.init()  # knows all formats; before, only those that somebody has used
     readable = Image.OPEN.keys() - _WITHOUT_DECODER - {"VQ2"}
     return {ending for ending, format in Image.registered_extensions().items() if format in readable}
 
