@@ -567,7 +567,7 @@ _positive = click.FloatRange(0, min_open=True)
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
-@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="More time for smaller files.")
+@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="Fit the file to the picture, slowly.")
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
 @_resume
@@ -604,7 +604,7 @@ def encode(
       vqcodec encode photo.png                  writes photo.vq2 beside it
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
-      vqcodec encode --effort 2 photo.png       smaller, many times slower
+      vqcodec encode --effort 2 photo.png       fitted to the photo, slow
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
