@@ -567,7 +567,7 @@ _positive = click.FloatRange(0, min_open=True)
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
-@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="Fit the file to the picture, slowly.")
+@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="Fit the file to the photo, slowly.")
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
 @_resume
