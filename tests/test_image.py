@@ -611,7 +611,7 @@ def test_alpha_of_a_wrong_size_is_refused_before_pillow_sees_it(monkeypatch: pyt
 def test_the_endings_are_known_in_a_process_that_has_opened_no_picture() -> None:
     code = "from vqcodec.image import endings; print(*sorted(endings()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(found) == endings() - {".vq2"}
+    assert {".avif", ".gif", ".jpg", ".png", ".tif", ".webp"} <= set(found)
 
 
 def test_the_endings_are_those_of_pictures_that_can_be_read() -> None:
