@@ -110,11 +110,41 @@ def add_gated(sums, bias, n, stream):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def finish_logits(sums, bias, n):  # type: ignore[no-untyped-def]
-    """Sums (n, K) to logits in whole steps, in place."""
+def add_product(x, weight, sums, places):  # type: ignore[no-untyped-def]
+    """sums (outputs,) + x @ weight, for weight (inputs, outputs) and the first entries of x; places: room for inputs.
+
+    Zeros cost nothing: most codes of a photograph are, and half of a layer after a ReLU. They are sorted out first,
+    because a branch that nobody can predict costs as much as the product it skips.
+    """
+    count = 0
+    for i in range(len(weight)):
+        places[count] = i
+        count += x[i] != 0
+    for place in range(count):
+        i = places[place]
+        value = x[i]
+        for k in range(len(sums)):
+            sums[k] += value * weight[i, k]
+
+
+@kernel
+def head(features, column, codes, known, hidden_bias, weight, bias, n, out):  # type: ignore[no-untyped-def]
+    """A group's logits (n, K) in whole steps, from its hidden layer of H: of that, the features' share is
+    features[:n, column : column + H], the codes' is codes[:n, :D] @ known (D, H); weight: (H, K)."""
+    width, logits = weight.shape
+    hidden, sums = np.empty(width, np.float32), np.empty(logits, np.float32)
+    places = np.empty(max(width, len(known)), np.int64)
     for r in range(n):
-        for k in range(sums.shape[1]):
-            sums[r, k] = clip(np.floor(sums[r, k] + bias[k]), -LOGIT_MAX, LOGIT_MAX)
+        for h in range(width):
+            hidden[h] = features[r, column + h] + hidden_bias[h]
+        add_product(codes[r], known, hidden, places)
+        for h in range(width):
+            hidden[h] = clip(np.floor(hidden[h]), np.float32(0), np.float32(ACTIVATION_MAX))
+        for k in range(logits):
+            sums[k] = bias[k]
+        add_product(hidden, weight, sums, places)
+        for k in range(logits):
+            out[r, k] = clip(np.floor(sums[k]), np.float32(-LOGIT_MAX), np.float32(LOGIT_MAX))
 
 
 @kernel

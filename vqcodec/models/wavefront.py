@@ -129,9 +129,9 @@ class LevelPrior:
         hidden = [layer.in_steps(level, dyadic.ACTIVATION_BITS) for layer in prior.hidden]
         c = config.channels
         self.features = torch.cat([w[:c] for w, _ in hidden], 1).contiguous()
-        self.known = [w[c:] for w, _ in hidden]
+        self.known = [w[c:].numpy() for w, _ in hidden]
         self.hidden_bias: list[Floats] = [bias.numpy() for _, bias in hidden]
-        self.out = [_Layer(layer, level, dyadic.LOGIT_BITS) for layer in prior.out]
+        self.out = [tuple(x.numpy() for x in layer.in_steps(level, dyadic.LOGIT_BITS)) for layer in prior.out]
 
 
 class _Layer:
@@ -200,8 +200,8 @@ class Walk:
         self.stream = np.zeros((most, c), np.float32)
         self.taps = _Buffer(most, (1 + len(CAUSAL)) * c)
         self.narrow, self.wide = _Buffer(most, c), _Buffer(most, 2 * c)
-        self.sums, self.hidden = _Buffer(most, prior.groups * config.hidden), _Buffer(most, config.hidden)
-        self.scores = _Buffer(most, prior.codes)
+        self.sums = _Buffer(most, prior.groups * config.hidden)
+        self.scores = np.empty((most, prior.codes), np.float32)
         self.codes = _Buffer(most, depth)
         if prior.attention is not None:
             rows, a = most + ATTENTION_ROWS - 1, prior.attention.width
@@ -240,14 +240,10 @@ class Walk:
 
     def logits(self, group: int) -> Floats:
         """(n, K) in whole steps, given the indices of this wave's earlier groups."""
-        prior, n, hidden = self.prior, self.n, self.hidden
-        width, known = prior.config.hidden, prior.known[group]
-        features = self.sums.tensor[:n, group * width : (group + 1) * width]
-        torch.addmm(features, self.codes.tensor[:n, : len(known)], known, out=hidden.tensor[:n])
-        kernels.activate(hidden.array, prior.hidden_bias[group], n, 0, hidden.array)
-        scores = self.scores.product(hidden, prior.out[group].weight, n)
-        kernels.finish_logits(scores, prior.out[group].bias, n)
-        return scores[:n]
+        prior, out, column = self.prior, self.prior.out[group], group * self.prior.config.hidden
+        known, bias = prior.known[group], prior.hidden_bias[group]
+        kernels.head(self.sums.array, column, self.codes.array, known, bias, *out, self.n, self.scores)
+        return self.scores[: self.n]
 
     def put(self, group: int, index: Indices) -> None:
         """Note the indices (n,) of a group; groups come in order."""
