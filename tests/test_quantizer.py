@@ -57,6 +57,36 @@ def test_ema_moves_codes_to_the_mean_of_their_latents() -> None:
     assert torch.cdist(book.vectors[0], centres).amin(0).max() < 0.1
 
 
+def test_the_first_codes_reach_rare_latents_too() -> None:
+    torch.manual_seed(0)
+    z = 0.01 * torch.randn(2, 1, 1000, 2)
+    far = torch.tensor([[10.0, 0], [0, 10], [-10, 0], [0, -10]])
+    z[:, 0, ::250] = far
+    book = Codebook(2, codes=8, dim=2, levels=1)
+    book.initialise(z)
+    for vectors in book.vectors:
+        assert torch.cdist(far, vectors).amin(1).max() < 0.1
+
+
+def test_fewer_latents_than_codes_are_enough_to_begin() -> None:
+    book = Codebook(1, codes=8, dim=2, levels=1)
+    book.initialise(torch.ones(1, 1, 3, 2))
+    assert torch.equal(book.vectors, torch.ones(1, 8, 2))
+
+
+def test_dead_codes_go_where_latents_are_fitted_worst() -> None:
+    torch.manual_seed(0)
+    book = make_book(groups=1, codes=4, dim=2)
+    book.vectors.data[0] = torch.tensor([[0.0, 0], [1, 0], [0, 1], [1e4, 1e4]])  # the last is never chosen
+    book.count[0] = torch.tensor([100.0, 100, 100, 0])
+    book.total.copy_(book.vectors * book.count[..., None])
+    z = 0.1 * torch.randn(1, 1, 400, 2)
+    z[0, 0, 7] = torch.tensor([30.0, 30])
+    index = choose(book.closeness(z[0, 0], 0), torch.zeros(4), 0.0)[None, None]
+    book.update(z, index, torch.zeros(1, dtype=torch.long))
+    assert (book.vectors[0, 3] - 30).abs().max() < 1e-4
+
+
 def test_dead_codes_are_seeded_anew_from_data() -> None:
     book = make_book()
     book.vectors.data[0, 3] = 1e4  # never chosen

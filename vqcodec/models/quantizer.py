@@ -21,6 +21,7 @@ DECAY = 0.99  # of the EMA codebook
 COMMITMENT = 0.25  # beta of equation 2
 DEAD = 0.002  # a code used less than this fraction of the average is re-seeded from data
 REBIRTH = 0.1  # and then counts as used this fraction of the average
+TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
 # Code vectors as the prior's input: an eighth of their value on the activation grid, so +-31.75 in steps of 1/4.
 CODE_SCALE = 0.125
 
@@ -63,14 +64,12 @@ class Codebook(nn.Module):
         """Indices (B, M, h, w) and a table (M, K, d) -> (B, h, w, M * d)."""
         return torch.cat([table[g][indices[:, g].long()] for g in range(self.groups)], -1)
 
-    def affine(self, group: int) -> tuple[Tensor, Tensor]:
-        """The weight (K, d) and bias (K,) that map latents of a group to their closeness."""
-        e = self.vectors[group].detach()
-        return 2 * e, -e.pow(2).sum(-1)
-
     def closeness(self, z: Tensor, group: int) -> Tensor:
         """|z|^2 - |z - e|^2 for z (..., d) of a group: (..., K)."""
-        return F.linear(z.flatten(0, -2), *self.affine(group)).unflatten(0, z.shape[:-1])
+        e = self.vectors[group].detach()
+        # With the constant as one more input: a bias would be copied into every row before the product.
+        weight = torch.cat([2 * e, -e.pow(2).sum(-1, keepdim=True)], 1)
+        return F.pad(z, (0, 1), value=1.0) @ weight.t()
 
     def log2_usage(self) -> Tensor:
         """log2 of the frequency of use, (levels, M, K)."""
@@ -79,10 +78,15 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Codes from data: K latents of each group, z (M, B, n, d)."""
-        for group, latents in zip(self.vectors, z.flatten(1, 2), strict=True):
-            order = torch.randperm(len(latents), device=z.device)
-            group.copy_(latents[order[torch.arange(self.codes) % len(latents)]])
+        """Codes from latents z (M, B, n, d), spread out as by k-means++: the next code is a latent drawn by its squared
+        distance from the codes there are (Arthur and Vassilvitskii, 2007)."""
+        z, groups = z.flatten(1, 2), torch.arange(self.groups, device=z.device)
+        pick = torch.randint(z.shape[1], (self.groups,), device=z.device)
+        distance = torch.full(z.shape[:2], torch.inf, device=z.device)
+        for k in range(self.codes):
+            self.vectors[:, k] = z[groups, pick]
+            distance = torch.minimum(distance, (z - self.vectors[:, k, None]).pow(2).sum(-1))
+            pick = torch.multinomial(distance + TINY, 1)[:, 0]
         self._broadcast(self.vectors.data)
         self.count.fill_(1.0)
         self.total.copy_(self.vectors)
@@ -91,7 +95,8 @@ class Codebook(nn.Module):
     def update(self, z: Tensor, indices: Tensor, level: Tensor) -> None:
         """One step of learning from latents z (M, B, n, d) with their indices (M, B, n) and levels (B,).
 
-        EMA with Laplace smoothing as in Sonnet: n_k <- (n_k + eps) / (n + K eps) * n; dead codes are re-seeded from z.
+        EMA with Laplace smoothing as in Sonnet: n_k <- (n_k + eps) / (n + K eps) * n. Dead codes are re-seeded from the
+        latents that the codes fit worst, because the others need none: they are drawn by the square of their distance.
         """
         groups = torch.arange(self.groups, device=z.device)
         flat = indices + (level[:, None] * self.groups + groups[:, None, None]) * self.codes
@@ -111,8 +116,11 @@ class Codebook(nn.Module):
             self.vectors.copy_(self.total / smooth[..., None])
         dead = self.count < DEAD * n / self.codes
         if dead.any():
-            pick = torch.randint(z.shape[1] * z.shape[2], dead.shape, device=z.device)
-            fresh = z.flatten(1, 2)[groups[:, None], pick]
+            latents = z.flatten(1, 2)
+            chosen = self.vectors[groups[:, None], indices.flatten(1)]
+            distance = (latents - chosen).pow(2).sum(-1)
+            pick = torch.multinomial(distance.square() + TINY, self.codes, replacement=True)
+            fresh = latents[groups[:, None], pick]
             self._broadcast(fresh)
             reborn = (REBIRTH * n / self.codes).expand_as(self.count)
             self.vectors[dead], self.count[dead] = fresh[dead], reborn[dead]
