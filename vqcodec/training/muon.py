@@ -2,7 +2,7 @@
 
 Source: Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale of the
 update, 0.2 * sqrt(max(out, in)), from Liu et al., "Muon is Scalable for LLM Training" (2025). ``torch.optim.Muon``
-takes two-dimensional parameters only; ours are mostly convolutions.
+takes two-dimensional parameters only; ours are mostly convolutions, with many more inputs than outputs.
 """
 
 from collections.abc import Iterable
@@ -13,16 +13,21 @@ from torch import Tensor
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the closest matrices with orthonormal rows or columns, (..., m, n): singular values go to about 1."""
+def orthogonalise(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
+    """Nearly the closest matrices with orthonormal rows or columns: singular values go to about 1.
+
+    matrices: (m, n) each, with the same min(m, n). The iteration x <- (a + b g + c g^2) x, g = x x^T, changes x by a
+    factor from the left alone: it runs on the small g for all matrices at once, and meets x only at its two ends.
+    """
     a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    scaled = [x / (x.norm() + 1e-7) for x in matrices]
+    g = torch.stack([x.mT @ x if x.shape[0] > x.shape[1] else x @ x.mT for x in scaled])
+    identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    factor = identity.expand_as(g)
     for _ in range(steps):
-        y = x @ x.mT
-        x = a * x + (b * y + c * y @ y) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        p = torch.baddbmm(a * identity + b * g, g, g, alpha=c)
+        factor, g = p @ factor, p @ g @ p
+    return [x @ f if x.shape[0] > x.shape[1] else f @ x for x, f in zip(scaled, factor, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -43,8 +48,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 average = state["momentum"].mul_(group["momentum"]).add_(p.grad)
                 update = p.grad.add(average, alpha=group["momentum"]).flatten(1)
-                alike.setdefault((update.shape[0], update.shape[1]), []).append((p, update))
-            for shape, pairs in alike.items():
-                updates = orthogonalise(torch.stack([update for _, update in pairs]))
+                alike.setdefault(min(update.shape), []).append((p, update))
+            for pairs in alike.values():
+                updates = orthogonalise([update for _, update in pairs])
                 for (p, _), update in zip(pairs, updates, strict=True):
-                    p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                    p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
