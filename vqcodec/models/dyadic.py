@@ -128,6 +128,16 @@ def weight_exponent(weight: Tensor) -> Tensor:
     return exponent.clamp(EXPONENT_MIN, EXPONENT_MAX)
 
 
+def on_grid(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (..., out, in) and biases (..., out) as the exact numbers that are used.
+
+    The bias has the step of the sums: the activation step times the weight step of its channel.
+    """
+    weight = _SnapWeight.apply(weight)
+    step = power_of_two(weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS)
+    return weight, snap(bias / step, 0, -BIAS_MAX, BIAS_MAX) * step
+
+
 class DyadicLinear(nn.Module):
     """Affine map from activations (..., in) to exact sums (..., out).
 
@@ -143,10 +153,7 @@ class DyadicLinear(nn.Module):
 
     def on_grid(self) -> tuple[Tensor, Tensor]:
         """The weight (out, in) and the biases (levels, out) as the exact numbers that are used."""
-        weight = _SnapWeight.apply(self.weight)
-        # The bias has the step of the sums: the activation step times the weight step of its channel.
-        step = power_of_two(weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS)
-        return weight, snap(self.bias / step, 0, -BIAS_MAX, BIAS_MAX) * step
+        return on_grid(self.weight, self.bias)
 
     def at(self, level: Tensor) -> Affine:
         """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""

@@ -10,7 +10,7 @@ coded one after the other; the causal neighbourhood is (0,-1), (-1,-1), (-1,0), 
 (coding). In eval mode they agree bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from vqcodec.models.dyadic import DyadicLinear
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.
 ATTENTION_ROWS, ATTENTION_STEPS = 9, 16
+TOGETHER = 8  # groups whose logits are computed at once: enough for efficient products, little enough for a cache
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class PixelSNAIL(nn.Module):
         )
         self.out: Modules[DyadicLinear] = Modules(DyadicLinear(config.hidden, codes, 1) for _ in range(groups))
 
-    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> list[Tensor]:
+    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> Iterator[Tensor]:
         """Logits of every cell given the cells before it.
 
         codes: (B, h, w, M * d) code activations; level: (B,) int64; condition: (B, h, w, C) stream values.
-        Returns M tensors (B, h, w, K): log2 probabilities up to a constant, exact sums before ``dyadic.logit``.
+        Yields M tensors (B, h, w, K): log2 probabilities up to a constant, exact sums before ``dyadic.logit``. They are
+        made when they are asked for: together they are by far the largest thing in a model.
         """
         stream = dyadic.stream(self.embed.at(level)(shifted(codes, CAUSAL)))
         if condition is not None:
@@ -147,13 +149,25 @@ class PixelSNAIL(nn.Module):
             x = dyadic.activation(stream)
             stream = block.at(level)(stream, torch.cat([x, shifted(x, CAUSAL)], -1))
         known = torch.cat([dyadic.activation(stream), codes], -1)
-        return [self.head(g, level)(known) for g in range(self.groups)]
+        for first in range(0, self.groups, TOGETHER):
+            yield from self.heads(slice(first, first + TOGETHER), known, level)
 
-    def head(self, group: int, level: Tensor) -> dyadic.Affine:
-        """The logits of a group from the features and the codes of the groups before it, (..., C + M * d)."""
-        hidden, out = self.hidden[group].at(level), self.out[group].at(level)
-        width = self.config.channels + group * self.dim
-        return lambda known: out(dyadic.relu(hidden(known[..., :width])))
+    def heads(self, groups: slice, known: Tensor, level: Tensor) -> Tensor:
+        """The logits (n, B, h, w, K) of some groups from the features and all code activations, (B, h, w, C + M * d).
+
+        A head sees the codes of the groups before its own: in the common product the weights of the others are zeros.
+        """
+        layers, width = self.hidden[groups], known.shape[-1]
+        weights = torch.cat([F.pad(layer.weight, (0, width - layer.weight.shape[1])) for layer in layers])
+        weight, biases = dyadic.on_grid(weights, torch.cat([layer.bias for layer in layers], 1))
+        sums = F.linear(known, weight)
+        hidden = dyadic.relu(sums + biases[level][:, None, None].to(sums.dtype))
+        layers = self.out[groups]
+        weight, bias = dyadic.on_grid(
+            torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias[0] for layer in layers])
+        )
+        rows = hidden.flatten(0, 2).unflatten(1, (len(layers), -1)).transpose(0, 1)
+        return torch.baddbmm(bias[:, None], rows, weight.mT).unflatten(1, known.shape[:3])
 
 
 class ConditioningStack(nn.Module):

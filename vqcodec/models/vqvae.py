@@ -311,12 +311,12 @@ class VQVAE(nn.Module):
             with torch.no_grad():
                 guess = torch.stack(chosen, 1).unflatten(2, (h, w))
                 logits = self.priors[k](book.lookup(guess, book.activations()), level, condition)
-            with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
                 for g, row in enumerate(logits):
-                    log2_p = row.flatten(1, 2).float()  # up to a constant per cell, which changes nothing here
-                    cost = book.closeness(values[g], g)
-                    chosen[g] = choose(cost, log2_p, rate_weight)
-                    gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
+                    with torch.autocast(z.device.type, enabled=False):
+                        log2_p = row.flatten(1, 2).float()  # up to a constant per cell, which changes nothing here
+                        cost = book.closeness(values[g], g)
+                        chosen[g] = choose(cost, log2_p, rate_weight)
+                        gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
         index = torch.stack(chosen)
         e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
         penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
