@@ -12,8 +12,8 @@ PRODUCT = ModelConfig(
     channels=(96, 160, 160),
     blocks=2,
     grids=(
-        GridConfig(16, groups=4, dim=4, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
-        GridConfig(8, groups=24, dim=4, codes=256, prior=PriorConfig(128, blocks=3, hidden=64)),
+        GridConfig(16, groups=8, dim=2, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
+        GridConfig(8, groups=48, dim=2, codes=128, prior=PriorConfig(128, blocks=3, hidden=48)),
     ),
     linear_path=True,
 )
