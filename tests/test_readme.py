@@ -1,24 +1,21 @@
-"""The READMEs cannot lie: their commands run, the figures are those of the committed results."""
+"""The READMEs cannot lie: their commands run; test_benchmarks_results.py compares their figures."""
 
-import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import cli
-from vqcodec.weights import SHIPPED, fingerprint, load_weights
+from vqcodec.weights import SHIPPED, load_weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 TRAINING = (ROOT / "vqcodec" / "training" / "README.md").read_text("utf-8")
 OTTERS = ROOT / "tests" / "images" / "otters.png"
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -102,65 +99,6 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
     assert links
     for link in links:
         assert link.startswith("https://") or (ROOT / link).exists(), link
-
-
-def results(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-
-
-def table_rows(heading: str) -> list[list[str]]:
-    """The rows of the table whose heading begins so."""
-    lines = README[README.index(f"\n| {heading}") + 1 :].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_the_kodak_table_is_that_of_the_committed_results() -> None:
-    kodak = results("kodak")
-    means = [row for row in kodak["means"] if row["codec"] == "vq2"]
-    expected = [
-        [
-            f"{row['quality']:g}",
-            f"{row['bpp']:.3f}",
-            f"{row['psnr']:.2f}",
-            f"{row['ms_ssim']:.4f}",
-            *(f"{size[rival]:.0f} %" for rival in ("jpeg", "webp")),
-        ]
-        for row, size in zip(means, kodak["percent_of_size_at_equal_psnr"], strict=True)
-    ]
-    assert table_rows("quality | bpp") == expected
-
-
-def test_the_bd_rates_are_those_of_the_committed_results() -> None:
-    found = [results(name)["bd_rate"] for name in ("kodak", "valid")]
-    rivals = {"JPEG": "jpeg", "WebP": "webp", "JPEG XL": "jxl", "JPEG 2000": "jpeg2000", "AVIF": "avif-420"}
-    expected = [
-        [name, *(f"{rates[metric][rival]['percent']:+.1f} %" for rates in found for metric in ("psnr", "ssimulacra2"))]
-        for name, rival in rivals.items()
-    ]
-    assert [[row[0].split(" (")[0], *row[1:]] for row in table_rows("BD-rate against")] == expected
-
-
-def test_the_speed_table_is_that_of_the_committed_results() -> None:
-    rows = [row for row in results("speed")["rows"] if row["codec"] == "vq2" and row["threads"] == 2]
-    expected = []
-    for pair in zip(rows[::2], rows[1::2], strict=True):
-        assert [row["direction"] for row in pair] == ["encode", "decode"]
-        seconds = [row["seconds"]["total"] for row in pair]
-        memory = max(row["peak_memory_bytes"] for row in pair)
-        expected.append(
-            [
-                f"{pair[0]['width']} x {pair[0]['height']}",
-                *(f"{value:.1f} s" if value < 10 else f"{value:.0f} s" for value in seconds),
-                f"{memory / 1e9:.1f} GB",
-            ]
-        )
-    assert table_rows("image | encode") == expected
-
-
-def test_all_committed_results_are_of_the_shipped_weights() -> None:
-    shipped = fingerprint(load_weights()).hex()
-    for name in ("kodak", "valid", "speed"):
-        assert results(name)["machine"]["fingerprint"] == shipped, name
 
 
 def test_the_shipped_weights_are_small_and_complete() -> None:

@@ -157,12 +157,12 @@ class PixelSNAIL(nn.Module):
 
         A head sees the codes of the groups before its own: in the common product the weights of the others are zeros.
         """
-        layers, width = self.hidden[groups], known.shape[-1]
+        layers, width = list(self.hidden)[groups], known.shape[-1]
         weights = torch.cat([F.pad(layer.weight, (0, width - layer.weight.shape[1])) for layer in layers])
         weight, biases = dyadic.on_grid(weights, torch.cat([layer.bias for layer in layers], 1))
         sums = F.linear(known, weight)
         hidden = dyadic.relu(sums + biases[level][:, None, None].to(sums.dtype))
-        layers = self.out[groups]
+        layers = list(self.out)[groups]
         weight, bias = dyadic.on_grid(
             torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias[0] for layer in layers])
         )

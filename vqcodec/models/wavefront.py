@@ -240,9 +240,10 @@ class Walk:
 
     def logits(self, group: int) -> Floats:
         """(n, K) in whole steps, given the indices of this wave's earlier groups."""
-        prior, out, column = self.prior, self.prior.out[group], group * self.prior.config.hidden
-        known, bias = prior.known[group], prior.hidden_bias[group]
-        kernels.head(self.sums.array, column, self.codes.array, known, bias, *out, self.n, self.scores)
+        prior, column = self.prior, group * self.prior.config.hidden
+        known, hidden_bias, (weight, bias) = prior.known[group], prior.hidden_bias[group], prior.out[group]
+        codes, out = self.codes.array, self.scores
+        kernels.head(self.sums.array, column, codes, known, hidden_bias, weight, bias, self.n, out)
         return self.scores[: self.n]
 
     def put(self, group: int, index: Indices) -> None:
