@@ -85,7 +85,8 @@ def test_ablate_measures_and_saves(tmp_path: Path) -> None:
 
 
 def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -> None:
-    Image.fromarray(speed.pink_noise(80, 64)).save(tmp_path / "a.png")
+    photo = Image.open(Path(__file__).parent / "images" / "photo.png")
+    photo.crop((0, 0, 80, 64)).save(tmp_path / "a.png")
     options = {"weights": WEIGHTS, "qualities": (2.0, 2.5), "tell": lambda line: None}
     result = ablate.run(tmp_path, tmp_path / "ablate", efforts=[1], **options)
     assert list(result["choice"]) == ["nearest", "rate-constrained", "effort 1"]
