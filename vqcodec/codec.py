@@ -75,7 +75,7 @@ class Codec:
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
         to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
-        fitted to this very image: some 4, 10 and 25 times as long for a few percent. progress: called with 0..1.
+        fitted to this very image: some 4, 9 and 21 times as long for a few percent. progress: called with 0..1.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
