@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import click
 
 from bitstream.errors import VqcodecError
-from vqcodec import DEFAULT_QUALITY, __version__, storage
+from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
 
 if TYPE_CHECKING:
     from vqcodec.batch import Made, Pool, Work
@@ -486,6 +486,13 @@ _quality = click.option(
     default=DEFAULT_QUALITY,
     help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
 )
+_effort = click.option(
+    "--effort",
+    metavar="N",
+    type=click.IntRange(0, 3),
+    default=DEFAULT_EFFORT,
+    help="From 0, the fastest, to 3, the smallest file at equal quality.",
+)
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
 _jobs = click.option(
@@ -567,7 +574,7 @@ _positive = click.FloatRange(0, min_open=True)
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
-@click.option("--effort", metavar="N", type=click.IntRange(0, 3), default=0, help="Fit the file to the photo, slowly.")
+@_effort
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
 @_resume
@@ -604,7 +611,7 @@ def encode(
       vqcodec encode photo.png                  writes photo.vq2 beside it
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
-      vqcodec encode --effort 2 photo.png       fitted to the photo, slow
+      vqcodec encode --effort 3 photo.png       smaller, slow
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small

@@ -125,7 +125,7 @@ def speed(output: Path | None, **options: Any) -> None:
 @click.option(
     "--prior", "priors", multiple=True, type=file_type, help="Weights with the same codebooks and another prior."
 )
-@click.option("--efforts", callback=numbers(int), help="Such as 1,2,3, to compare with 0; none by default.")
+@click.option("--efforts", default="1", show_default=True, callback=numbers(int), help="To compare with 0: 1,2,3.")
 def ablate(folder: Path, output: Path | None, **options: Any) -> None:
     """What the rate-constrained choice, the encoder's effort and each part of the prior buy."""
     from benchmarks import ablate

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import corpus, machine
 from benchmarks.corpus import Bytes
 from benchmarks.metrics import Curve, bd_rate, bits_per_pixel, psnr, relative_size
-from vqcodec import Codec
+from vqcodec import DEFAULT_EFFORT, Codec
 from vqcodec.codec import PictureEncoder
 from vqcodec.image import from_array
 from vqcodec.models import dyadic
@@ -66,7 +66,7 @@ def run(
     weights: Path | None = None,
     priors: Sequence[Path] = (),
     qualities: tuple[float, ...] | None = None,
-    efforts: Sequence[int] | None = None,
+    efforts: Sequence[int] = (DEFAULT_EFFORT,),
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure and save OUTPUT.json.
@@ -76,7 +76,7 @@ def run(
     """
     codec = Codec.load(weights, device="cpu")
     encoders = {"nearest": (NearestCodec.load(weights, device="cpu"), 0), REFERENCE: (codec, 0)}
-    encoders |= {f"effort {effort}": (codec, effort) for effort in efforts or ()}
+    encoders |= {f"effort {effort}": (codec, effort) for effort in efforts}
     model = codec.model
     others = {f"prior of {path.stem}": _with_same_codebooks(path, model) for path in priors}
     levels = qualities or tuple(float(level) for level in range(1, model.config.levels + 1))

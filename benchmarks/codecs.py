@@ -141,12 +141,13 @@ def available(names: Sequence[str] = tuple(RIVALS)) -> tuple[list[Rival], dict[s
 
 def vq2(codec: "Codec", qualities: Sequence[float] | None = None) -> Rival:
     """Ours. qualities: all levels of the model if None."""
+    from vqcodec import DEFAULT_EFFORT
 
     def decode(data: bytes) -> Bytes:
         return np.array(codec.decode(data))
 
     levels = range(1, codec.model.config.levels + 1)
-    what = f"vqcodec, model {codec.fingerprint.hex()}"
+    what = f"vqcodec, model {codec.fingerprint.hex()}, effort {DEFAULT_EFFORT}"
     return Rival("vq2", what, levels, tuple(qualities or levels), codec.encode, decode)
 
 

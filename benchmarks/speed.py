@@ -23,6 +23,7 @@ from bitstream import container, rans
 from bitstream.errors import ImageError
 from vqcodec import Codec
 from vqcodec.image import read
+from vqcodec.models import refine
 
 DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
 DEFAULT_RIVALS = ("jpeg", "webp", "avif-420", "jxl", "jpeg2000")
@@ -30,6 +31,7 @@ DEFAULT_RIVALS = ("jpeg", "webp", "avif-420", "jxl", "jpeg2000")
 # The functions that vqcodec/codec.py calls for each stage, as (owner, name).
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "networks": [(vqcodec.codec, "run_tiled")],
+    "fit": [(refine, "refined_latents")],
     "wavefront": [(vqcodec.codec, "fill_grid")],
     "rANS": [
         *((rans.Encoder, name) for name in ("push", "finish")),

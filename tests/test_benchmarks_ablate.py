@@ -88,11 +88,11 @@ def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -
     photo = Image.open(Path(__file__).parent / "images" / "photo.png")
     photo.crop((0, 0, 80, 64)).save(tmp_path / "a.png")
     options = {"weights": WEIGHTS, "qualities": (2.0, 2.5), "tell": lambda line: None}
-    result = ablate.run(tmp_path, tmp_path / "ablate", efforts=[1], **options)
-    assert list(result["choice"]) == ["nearest", "rate-constrained", "effort 1"]
+    result = ablate.run(tmp_path, tmp_path / "ablate", efforts=[2], **options)
+    assert list(result["choice"]) == ["nearest", "rate-constrained", "effort 2"]
     codec, picture = Codec.load(WEIGHTS, device="cpu"), Image.open(tmp_path / "a.png")
-    for row, base in zip(*(result["choice"][name]["rows"] for name in ("effort 1", "rate-constrained")), strict=True):
-        data = codec.encode(picture, row["quality"], effort=1)
+    for row, base in zip(*(result["choice"][name]["rows"] for name in ("effort 2", "rate-constrained")), strict=True):
+        data = codec.encode(picture, row["quality"], effort=2)
         assert row["bpp"] == 8 * len(data) / (80 * 64)
         assert row["psnr"] == psnr(np.array(picture), np.array(codec.decode(data)))
         wanted = (0.01, math.sqrt(0.01 * 0.05))[row["quality"] == 2.5]  # between two levels the mean of their logs
@@ -102,8 +102,8 @@ def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -
         assert row["percent_of_cost"] == pytest.approx(100 * least / cost)
         assert row["percent_of_cost"] < 100
         assert row["seconds_per_megapixel"] > base["seconds_per_megapixel"] > 0
-    assert result["choice"]["effort 1"]["bd_rate"]["reason"]
-    assert "\neffort 1 " in ablate.table(result)
+    assert result["choice"]["effort 2"]["bd_rate"]["reason"]
+    assert "\neffort 2 " in ablate.table(result)
     with pytest.raises(ValueError, match="effort 4"):
         ablate.run(tmp_path, tmp_path / "ablate", efforts=[4], **options)
 

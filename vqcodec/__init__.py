@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = ["Codec", "Target", "decode", "encode", "encode_to"]
 
 DEFAULT_QUALITY = 5.0
+DEFAULT_EFFORT = 1
 
 _default: "dict[str, Codec]" = {}
 
@@ -51,7 +52,7 @@ def encode(
     quality: float = DEFAULT_QUALITY,
     *,
     strip: bool = False,
-    effort: int = 0,
+    effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
@@ -63,7 +64,7 @@ def encode_to(
     target: "Target",
     *,
     strip: bool = False,
-    effort: int = 0,
+    effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> "Reached":
     """Compress an image to a size, a rate or a PSNR with the shipped model: see ``Codec.encode_to``.

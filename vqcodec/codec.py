@@ -15,7 +15,7 @@ from torch import Tensor
 from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
-from vqcodec import DEFAULT_QUALITY
+from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
@@ -68,14 +68,14 @@ class Codec:
         quality: float = DEFAULT_QUALITY,
         *,
         strip: bool = False,
-        effort: int = 0,
+        effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> bytes:
         """Compress an image.
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
         to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
-        fitted to this very image: some 4, 9 and 21 times as long for a few percent. progress: called with 0..1.
+        fitted to this very image: smaller files at equal quality for more time. progress: called with 0..1.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
@@ -106,7 +106,7 @@ class Codec:
         target: Target,
         *,
         strip: bool = False,
-        effort: int = 0,
+        effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> Reached:
         """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
@@ -198,10 +198,9 @@ class Codec:
         network: Callable[..., Sequence[Tensor]],
         cells: tuple[int, int],
         *sources: Tensor | None,
-        tile: int | None = None,
     ) -> list[Tensor]:
         config = self.model.config
-        return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device, tile=tile)
+        return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
 
 
 def _picture(image: Any) -> Picture:
@@ -214,7 +213,7 @@ class PictureEncoder:
     What the networks find before the first walk hangs on the level alone: it is kept until another one is asked for.
     """
 
-    def __init__(self, codec: Codec, picture: Picture, effort: int = 0) -> None:
+    def __init__(self, codec: Codec, picture: Picture, effort: int = DEFAULT_EFFORT) -> None:
         self.height, self.width = picture.pixels.shape[:2]
         if max(self.height, self.width) > MAX_SIDE:
             raise ImageError(
@@ -223,7 +222,8 @@ class PictureEncoder:
         if not 0 <= effort < len(refine.STEPS):
             raise ValueError(f"effort {effort} is not in 0..{len(refine.STEPS) - 1}")
         self.codec, self.picture, self.cells = codec, picture, codec.cells(self.height, self.width)
-        self.steps = refine.STEPS[effort]
+        # Without rate the nearest codes are what was asked for.
+        self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         self.grids: list[Tensor] = []  # of the last file
         self._level = torch.tensor([-1], device=codec.device)
@@ -244,9 +244,9 @@ class PictureEncoder:
                     (z,) = codec.tiled(
                         lambda f, c, k=k: [model.latent(k, f, c, self._level)], self.cells, self._found[k], context
                     )
-                    context = None  # one of the largest of what is in memory
                 if self.steps and k + 1 == len(model.codebooks):
-                    z = self._fitted(z, rate_weight)
+                    z = self._fitted(z, context, rate_weight)
+                context = None  # one of the largest of what is in memory
                 walk = _Encoding(book, z, rate_weight, tell)
                 self.grids.append(_fill(codec, k, self.cells, self.grids, self._level, walk.choose))
                 payloads.append(walk.payload())
@@ -285,14 +285,17 @@ class PictureEncoder:
         coarsest, *finer = codec.tiled(analyse, self.cells, self._padded())
         self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
 
-    def _fitted(self, z: Tensor, rate_weight: float) -> Tensor:
+    def _fitted(self, z: Tensor, context: Tensor | None, rate_weight: float) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
+        model, finest = self.codec.model, len(self.grids)
 
-        def fit(x: Tensor, z: Tensor, *known: Tensor) -> list[Tensor]:
-            model, steps = self.codec.model, self.steps
-            return [refine.refined_latents(model, x.float() / 255, z, self._level, rate_weight, steps, known)]
+        def fit(x: Tensor, z: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
+            x = x.float() / 255
+            return [refine.refined_latents(model, x, z, context, self._level, rate_weight, self.steps, known)]
 
-        (z,) = self.codec.tiled(fit, self.cells, self._padded(), z, *self.grids, tile=refine.TILE)
+        # A gradient reaches twice as far, but what comes from there is next to nothing.
+        step = Step(fit, [self._padded(), z, context, *self.grids], model.config.halo(finest))
+        (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, tile=refine.TILE)
         return z
 
     def _padded(self) -> Tensor:
@@ -408,8 +411,8 @@ class _Encoding:
 
     def __init__(self, book: Codebook, z: Tensor, rate_weight: float, tell: "_Steps") -> None:
         self.values = book.split(z)[:, 0].cpu().contiguous().numpy()
-        self.vectors = book.vectors.detach().cpu().numpy()
-        self.norms = np.square(self.vectors).sum(-1)
+        self.vectors = book.vectors.detach().mT.cpu().contiguous().numpy()
+        self.norms = np.square(self.vectors).sum(1)
         self.bits_per_step, self.tell = rate_weight * 2.0**-LOGIT_BITS, tell
         self.intervals: list[NDArray[np.int32]] = []
 

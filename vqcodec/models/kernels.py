@@ -225,16 +225,21 @@ def tables(logits, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def choose(latents, vectors, norms, logits, bits_per_step, out):  # type: ignore[no-untyped-def]
-    """Index of the least |z - e|^2 + bits in each row: latents (n, d), vectors (K, d), norms |e|^2 (K,), logits (n, K)
+    """Index of the least |z - e|^2 + bits in each row: latents (n, d), vectors (d, K), norms |e|^2 (K,), logits (n, K)
     in whole steps, out (n,)."""
+    codes, weight = len(norms), np.float32(bits_per_step)
+    cost = np.empty(codes, np.float32)
     for r in range(latents.shape[0]):
-        best, least = 0, np.inf
-        for k in range(len(vectors)):
-            cost = norms[k] - bits_per_step * logits[r, k]
-            for c in range(vectors.shape[1]):
-                cost -= 2 * latents[r, c] * vectors[k, c]
-            if cost < least:
-                best, least = k, cost
+        for k in range(codes):
+            cost[k] = norms[k] - weight * logits[r, k]
+        for c in range(len(vectors)):
+            twice = np.float32(2) * latents[r, c]
+            for k in range(codes):
+                cost[k] -= twice * vectors[c, k]
+        best, least = 0, cost[0]
+        for k in range(codes):
+            if cost[k] < least:
+                best, least = k, cost[k]
         out[r] = best
 
 

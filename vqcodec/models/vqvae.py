@@ -292,6 +292,16 @@ class VQVAE(nn.Module):
         lengths = [code_length(row, index[:, g]).sum((1, 2)) for g, row in enumerate(logits)]
         return torch.stack(lengths).sum(0)
 
+    @torch.no_grad()
+    def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float) -> Tensor:
+        """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes at the level, without the
+        prior."""
+        book, values = self.codebooks[k], self.codebooks[k].split(z)
+        with torch.autocast(z.device.type, enabled=False):
+            usage = book.log2_usage()[level][:, :, None]
+            chosen = [choose(book.closeness(values[g], g), usage[:, g], rate_weight) for g in range(book.groups)]
+        return torch.stack(chosen, 1).unflatten(2, z.shape[2:])
+
     def quantize(
         self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float, n: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,20 +313,18 @@ class VQVAE(nn.Module):
         values = v.detach()
         if book.training and not book.initialised:
             book.initialise(values)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            usage = book.log2_usage()[level][:, :, None]
-            chosen = [choose(book.closeness(values[g], g), usage[:, g], rate_weight) for g in range(book.groups)]
-            gradient = torch.zeros_like(values)
+        guess = self.guess(k, z, level, rate_weight)
+        chosen, gradient = list(guess.flatten(2).unbind(1)), torch.zeros_like(values)
         if rate_weight > 0:
             with torch.no_grad():
-                guess = torch.stack(chosen, 1).unflatten(2, (h, w))
                 logits = self.priors[k](book.lookup(guess, book.activations()), level, condition)
                 for g, row in enumerate(logits):
                     with torch.autocast(z.device.type, enabled=False):
                         log2_p = row.flatten(1, 2).float()  # up to a constant per cell, which changes nothing here
                         cost = book.closeness(values[g], g)
                         chosen[g] = choose(cost, log2_p, rate_weight)
-                        gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
+                        if book.training:
+                            gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
         index = torch.stack(chosen)
         e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
         penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
