@@ -64,7 +64,19 @@ def test_the_speed_table_is_that_of_the_committed_results() -> None:
     assert table_rows("image | encode") == expected
 
 
+def test_the_effort_table_is_that_of_the_committed_results() -> None:
+    choices = results("ablate")["choice"]
+    seconds = {name: sum(row["seconds_per_megapixel"] for row in found["rows"]) for name, found in choices.items()}
+    fastest = seconds["rate-constrained"]
+    expected = [["0", "", ""]]
+    for name, found in choices.items():
+        if name.startswith("effort"):
+            ratio = f"{seconds[name] / fastest:.1f} times as long"
+            expected.append([name.split()[1], f"{found['bd_rate']['percent']:+.1f} %", ratio])
+    assert table_rows("effort | BD-rate") == expected
+
+
 def test_all_committed_results_are_of_the_shipped_weights() -> None:
     shipped = fingerprint(load_weights()).hex()
-    for name in ("kodak", "valid", "speed"):
+    for name in ("kodak", "valid", "speed", "ablate", "entropy"):
         assert results(name)["machine"]["fingerprint"] == shipped, name
