@@ -491,7 +491,7 @@ _effort = click.option(
     metavar="N",
     type=click.IntRange(0, 3),
     default=DEFAULT_EFFORT,
-    help="From 0, the fastest, to 3, the smallest file at equal quality.",
+    help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
@@ -611,7 +611,7 @@ def encode(
       vqcodec encode photo.png                  writes photo.vq2 beside it
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
-      vqcodec encode --effort 3 photo.png       smaller, slow
+      vqcodec encode --effort 3 photo.png       more quality for the bytes, slow
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small

@@ -75,7 +75,8 @@ class Codec:
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
         to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
-        fitted to this very image: smaller files at equal quality for more time. progress: called with 0..1.
+        fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
+        progress: called with 0..1.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
