@@ -177,9 +177,7 @@ def _choices(
     pixels: mean of the images.
     """
     means = {c: [Point(*np.mean(points[c, q], 0).tolist()) for q in levels] for c in choices}
-    curves = {
-        c: Curve(*zip(*sorted((point.bpp, point.psnr) for point in means[c]), strict=True)) for c in choices
-    }
+    curves = {c: Curve(*zip(*sorted((point.bpp, point.psnr) for point in means[c]), strict=True)) for c in choices}
     return {
         c: {
             "rows": [

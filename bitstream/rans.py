@@ -108,9 +108,7 @@ def bits(frequency: NDArray[np.integer[Any]]) -> float:
     return float(TOTAL_BITS * frequency.size - np.log2(frequency).sum())
 
 
-def _three_columns(
-    low: NDArray[np.int32], size: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def _three_columns(low: NDArray[np.int32], size: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Symbols (N,) and tables (N, 3) that have the given intervals, so that they give the same words.
 
     Of a table the coder sees nothing but the symbol's interval, so all columns below it can be one, and all

@@ -96,9 +96,7 @@ def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -
         assert row["bpp"] == 8 * len(data) / (80 * 64)
         assert row["psnr"] == psnr(np.array(picture), np.array(codec.decode(data)))
         wanted = (0.01, math.sqrt(0.01 * 0.05))[row["quality"] == 2.5]  # between two levels the mean of their logs
-        cost, least = (
-            wanted * 255**2 * 10 ** (-found["psnr"] / 10) + found["bpp"] for found in (base, row)
-        )
+        cost, least = (wanted * 255**2 * 10 ** (-found["psnr"] / 10) + found["bpp"] for found in (base, row))
         assert row["percent_of_cost"] == pytest.approx(100 * least / cost)
         assert row["percent_of_cost"] < 100
         assert row["seconds_per_megapixel"] > base["seconds_per_megapixel"] > 0

@@ -69,9 +69,7 @@ def test_an_exception_leaves_the_folder_as_it_was(tmp_path: Path, error: type, f
     assert not force or target.read_bytes() == b"old"
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -163,9 +161,7 @@ def test_where_there_are_no_files_without_a_name_they_have_one(
     assert os.listdir(tmp_path) == ["a.vq2"]
 
 
-def test_a_replacement_that_fails_gives_the_claimed_name_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replacement_that_fails_gives_the_claimed_name_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

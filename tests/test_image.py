@@ -86,9 +86,7 @@ def png(width: int, height: int, depth: int, colour_type: int, samples: bytes, k
     """A PNG file of one colour, of kinds that Pillow cannot write."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        )
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
     idat = chunk(b"IDAT", zlib.compress((b"\0" + samples * width) * height))
