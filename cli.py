@@ -486,13 +486,6 @@ _quality = click.option(
     default=DEFAULT_QUALITY,
     help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
 )
-_effort = click.option(
-    "--effort",
-    metavar="N",
-    type=click.IntRange(0, 3),
-    default=DEFAULT_EFFORT,
-    help="From 0, the fastest, to 3, the most quality for the bytes.",
-)
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
 _jobs = click.option(
@@ -574,7 +567,13 @@ _positive = click.FloatRange(0, min_open=True)
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
-@_effort
+@click.option(
+    "--effort",
+    metavar="N",
+    type=click.IntRange(0, 3),
+    default=DEFAULT_EFFORT,
+    help="From 0, the fastest, to 3, the most quality for the bytes.",
+)
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @_force
 @_resume

@@ -68,7 +68,7 @@ def test_the_effort_table_is_that_of_the_committed_results() -> None:
     choices = results("ablate")["choice"]
     seconds = {name: sum(row["seconds_per_megapixel"] for row in found["rows"]) for name, found in choices.items()}
     fastest = seconds["rate-constrained"]
-    expected = [["0", "", ""]]
+    expected = []
     for name, found in choices.items():
         if name.startswith("effort"):
             ratio = f"{seconds[name] / fastest:.1f} times as long"

@@ -583,7 +583,8 @@ def test_quick_commands_do_not_import_slow_packages(args: str, absent: tuple[str
 
 def test_defaults_and_choices_are_those_of_the_library() -> None:
     from bitstream.container import DEFAULT_MAX_PIXELS
-    from vqcodec.codec import DEFAULT_QUALITY
+    from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
+    from vqcodec.models import refine
     from vqcodec.quality import CONFIGS, LAMBDAS
     from vqcodec.training.trainer import Run
 
@@ -594,6 +595,8 @@ def test_defaults_and_choices_are_those_of_the_library() -> None:
         assert option(command, "max_pixels").default == DEFAULT_MAX_PIXELS
     assert option("encode", "quality").default == DEFAULT_QUALITY
     assert option("encode", "quality").type.max == len(LAMBDAS)
+    assert option("encode", "effort").default == DEFAULT_EFFORT
+    assert option("encode", "effort").type.max == len(refine.STEPS) - 1
     assert list(option("train", "config").type.choices) == list(CONFIGS)
     for name in ("stage", "batch", "crop", "seed"):
         assert option("train", name).default == inspect.signature(Run).parameters[name].default

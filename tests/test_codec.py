@@ -20,7 +20,9 @@ from bitstream.container import Container, Header
 from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
 from vqcodec.codec import Codec, PictureEncoder, decode_indices
 from vqcodec.image import from_pil, read
-from vqcodec.models import tiling
+from vqcodec.models import refine, tiling
+from vqcodec.models.pixelsnail import PriorConfig
+from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
 from vqcodec.weights import load_weights, save_weights
 
 TABLE = [line.split() for line in (GOLDEN / "decode.txt").read_text().splitlines()]
@@ -318,3 +320,17 @@ def test_effort_gives_a_better_file_that_decodes_like_any_other(codec: Codec) ->
     assert cost(1) < cost(0)
     with pytest.raises(ValueError, match="effort 4"):
         codec.encode(image, 2, effort=4)
+
+
+@pytest.mark.parametrize("lambdas", [(0.01, 0.02), (0.0,)])
+@pytest.mark.parametrize("strides", [(16, 8, 4), (4,)])
+def test_models_of_one_or_three_grids_code_at_every_effort(
+    strides: tuple[int, ...], lambdas: tuple[float, ...]
+) -> None:
+    prior = PriorConfig(8, blocks=2, hidden=8)
+    grids = tuple(GridConfig(stride, groups=2, dim=2, codes=8, prior=prior) for stride in strides)
+    model = VQVAE(ModelConfig("small", lambdas, channels=(8,) * len(strides), blocks=1, grids=grids))
+    small = Codec(model, "cpu")
+    image = Image.open(PHOTO).resize((56, 40))
+    for effort in range(len(refine.STEPS)):
+        assert small.decode(small.encode(image, 1, effort=effort)).size == image.size

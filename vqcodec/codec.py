@@ -236,6 +236,7 @@ class PictureEncoder:
         number, rate_weight = codec.level_for(quality, level)
         tell = _Steps(model, self.cells, progress)
         self.grids, payloads, context = [], [], None
+        finest = len(model.codebooks) - 1
         with _exactly(codec.device):
             self._analyse(number)
             for k, book in enumerate(model.codebooks):
@@ -245,13 +246,14 @@ class PictureEncoder:
                     (z,) = codec.tiled(
                         lambda f, c, k=k: [model.latent(k, f, c, self._level)], self.cells, self._found[k], context
                     )
-                if self.steps and k + 1 == len(model.codebooks):
-                    z = self._fitted(z, context, rate_weight)
-                context = None  # one of the largest of what is in memory
+                if k == finest:
+                    if self.steps:
+                        z = self._fitted(z, context, rate_weight)
+                    context = None  # one of the largest of what is in memory
                 walk = _Encoding(book, z, rate_weight, tell)
                 self.grids.append(_fill(codec, k, self.cells, self.grids, self._level, walk.choose))
                 payloads.append(walk.payload())
-                if k + 1 < len(model.codebooks):
+                if k < finest:
                     (context,) = codec.tiled(
                         lambda q, c, k=k: [model.decode_grid(k, q, c, self._level)],
                         self.cells,
