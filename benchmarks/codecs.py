@@ -1,6 +1,7 @@
 """The codecs that are compared. A rival is one function that returns a `Rival`, and an entry in `RIVALS`.
 
-All encode 8-bit RGB pixels without metadata. Rivals get what serves PSNR best at a bearable speed.
+All encode 8-bit RGB pixels without metadata. Of what Pillow offers, rivals get what serves PSNR best at a
+bearable speed.
 """
 
 import importlib
@@ -78,6 +79,7 @@ def _avif(subsampling: str) -> Rival:
         from PIL import AvifImagePlugin
 
         aom = AvifImagePlugin.get_codec_version("aom")
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # in decoding too: times are of one thread
     if aom is None:
         raise MissingError("this Pillow has no AVIF with the encoder aom")
     # libavif tunes for the eye by default, which costs up to 1 dB. One tile, one thread: reproducible.

@@ -62,9 +62,10 @@ def run(
     """
     paths, lineup = corpus.find(folder), Lineup(weights, qualities, rivals)
     codec, contestants, missing = assemble(lineup)
+    described = machine.describe(codec, weights)
     result: dict[str, Any] = {
         "benchmark": "rd",
-        "machine": machine.describe(codec, weights),
+        "machine": described if jobs == 1 else {**described, "threads": 1},
         "corpus": {"folder": folder.resolve().name, "images": 0, "skipped": {}},
         "jobs": jobs,
         "codecs": {rival.name: rival.what for rival in contestants},
@@ -126,17 +127,24 @@ def measure(rival: Rival, quality: float, pixels: Bytes) -> Row:
 
 
 def _measure_file(path: Path, known: list[Row], lineup: Lineup) -> list[Row] | str:
-    """All rows of an image, or why it cannot be read. known: earlier rows of an image of this name."""
+    """All rows of an image, or why it is left out: it cannot be read, or a rival fails, and means are to be over the
+    same images for all. known: earlier rows of an image of this name."""
     pixels = corpus.load(path)
     if isinstance(pixels, str):
         return pixels
     image = corpus.describe(path.name, pixels)
     old = {(row["codec"], row["quality"]): row for row in known if image.items() <= row.items()}
-    return [
-        old.get((rival.name, quality)) or {**image, **measure(rival, quality, pixels)}
-        for rival in assemble(lineup)[1]
-        for quality in rival.qualities
-    ]
+    rows = []
+    for rival in assemble(lineup)[1]:
+        for quality in rival.qualities:
+            try:
+                row = old.get((rival.name, quality)) or {**image, **measure(rival, quality, pixels)}
+            except (OSError, ValueError) as error:  # what Pillow's codecs raise, of a side of over 16383 in WebP
+                if rival.name == "vq2":
+                    raise
+                return f"{rival.name} at quality {quality:g}: {error}"
+            rows.append(row)
+    return rows
 
 
 def _measure_all(

@@ -29,8 +29,8 @@ def run(
     crops: int = 3,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write OUTPUT.html from OUTPUT.json, a result of rd, with crops of the folder's images and, if there is one
-    beside it, the table of speed.json."""
+    """Write OUTPUT.html from OUTPUT.json, a result of rd, with crops of the folder's images and, if there is one of the
+    same model beside it, the table of speed.json."""
     result = _result(corpus.beside(output, ".json"), "rd")
     codec = Codec.load(weights, device="cpu")
     if codec.fingerprint.hex() != result["machine"]["fingerprint"]:
@@ -45,6 +45,9 @@ def run(
         panels.append(_crop(folder / name, ours, rivals, quality))
     beside = output.with_name("speed.json")
     times = _result(beside, "speed") if beside.exists() else None
+    if times and times["machine"]["fingerprint"] != result["machine"]["fingerprint"]:
+        tell(f"{beside}: left out, it is of model {times['machine']['fingerprint']}")
+        times = None
     path = corpus.beside(output, ".html")
     with write_atomically(path, force=True) as file:
         file.write(page(result, panels, times).encode())
@@ -63,7 +66,7 @@ def _result(path: Path, kind: str) -> dict[str, Any]:
 
 
 def _crop(path: Path, ours: codecs.Rival, rivals: list[codecs.Rival], quality: float) -> dict[str, Any]:
-    """The middle of an image, as each codec shows it with at most the bytes of vq2."""
+    """The middle of an image, as each codec shows it with at most the bytes of vq2, or the fewest that it can."""
     pixels = corpus.load(path)
     if isinstance(pixels, str):
         raise ValueError(f"{path}: {pixels}")
@@ -103,7 +106,7 @@ def page(result: dict[str, Any], crops: list[dict[str, Any]], times: dict[str, A
         "bd": _bd_rates(result),
         "levels": _levels(result),
         "crops": crops,
-        "speed": times and {"machine": _machine(times), "rows": speed.cells(times)},
+        "speed": times and {"about": f"{_machine(times)}. {speed.about(times)}", "rows": speed.cells(times)},
     }
     return TEMPLATE.read_text("utf-8").replace("DATA", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 

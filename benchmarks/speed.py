@@ -151,6 +151,7 @@ def run(
                 rows += _rival_rows(rival.name, 1, costs)
             for model, count in ((model, count) for model in models for count in threads):
                 if compressai is None or width * height > timing.COMPRESSAI_PIXELS:
+                    skipped[f"compressai {width}x{height}"] = f"over {timing.COMPRESSAI_PIXELS / 1e6:g} megapixels"
                     continue
                 tell(f"{width}x{height}: CompressAI, {model}, threads {count}")
                 try:
@@ -306,7 +307,7 @@ def table(result: dict[str, Any]) -> str:
     stages = (*STAGES, "other", "total")
     lines = [
         machine.title(result["machine"]),
-        f"{result['image']}; quality {result['quality']:g}; seconds, median of {result['repeat']}",
+        about(result),
         *(f"skipped {name}: {reason}" for name, reason in result["skipped"].items()),
         "",
         f"vq2 {'threads':>15}          {' '.join(f'{stage:>9}' for stage in (*stages, 'load', 'save'))}",
@@ -325,6 +326,14 @@ def table(result: dict[str, Any]) -> str:
         text = f"{seconds:.3f} s" if isinstance(seconds, float) else seconds
         lines.append(f"python -m vqcodec {name}: {text}")
     return "\n".join(lines)
+
+
+def about(result: dict[str, Any]) -> str:
+    """What is measured, for a reader of the tables."""
+    return (
+        f"Image: {result['image']}; quality {result['quality']:g}; median of {result['repeat']} calls, or one call "
+        f"if it takes more than {result['long_seconds']:g} s"
+    )
 
 
 def _size(row: dict[str, Any]) -> str:

@@ -74,7 +74,8 @@ def rival_costs(name: str, image: Path, setting: float, repeat: int) -> dict[str
 
 def _encode_cost(name: str, image: Path, file: Path, setting: float, repeat: int) -> Cost:
     rival, pixels = codecs.RIVALS[name](), np.array(Image.open(image))
-    spent = seconds(lambda: file.write_bytes(rival.encode(pixels, setting)), repeat)
+    spent = seconds(functools.partial(rival.encode, pixels, setting), repeat)
+    file.write_bytes(rival.encode(pixels, setting))
     return Cost(spent, peak_bytes(), file.stat().st_size)
 
 

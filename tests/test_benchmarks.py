@@ -269,6 +269,15 @@ def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, mo
     assert measured.count("jpeg") == len(jpeg_qualities)
 
 
+def test_an_image_that_a_rival_cannot_hold_is_named_and_skipped(tmp_path: Path) -> None:
+    Image.new("RGB", (16_384, 1)).save(tmp_path / "wide.png")
+    Image.fromarray(speed.pink_noise(32, 32)).save(tmp_path / "small.png")
+    options: dict[str, Any] = {"weights": WEIGHTS, "qualities": (1.0,), "rivals": ("webp",), "tell": lambda line: None}
+    result = rd.run(tmp_path, tmp_path / "out", **options)
+    assert {row["image"] for row in result["rows"]} == {"small.png"}
+    assert "webp at quality 0: " in result["corpus"]["skipped"]["wide.png"]
+
+
 def test_rd_does_not_overwrite_another_result(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "speed.json").write_text('{"benchmark": "speed"}')
     with pytest.raises(ValueError, match="not a result of rd"):

@@ -29,8 +29,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         {**cost, "direction": direction, "megapixels_per_second": 0.1, "peak_memory_bytes": 1e8}
         for direction in ("encode", "decode")
     ]
-    times = {"benchmark": "speed", "machine": result["machine"], "rows": rows}
-    output.with_name("speed.json").write_text(json.dumps(times))
+    times = {"benchmark": "speed", "machine": result["machine"], "rows": rows, "image": "x.png", "quality": 3}
+    beside = output.with_name("speed.json")
+    beside.write_text(json.dumps({**times, "machine": {**result["machine"], "fingerprint": "0" * 16}}))
+    told = list[str]()
+    foreign = report.run(folder, output, weights=WEIGHTS, crops=1, tell=told.append)
+    assert f"{beside}: left out, it is of model {'0' * 16}" in told
+    assert data_of(Path(foreign["path"]).read_text("utf-8"))["speed"] is None
+    beside.write_text(json.dumps({**times, "repeat": 3, "long_seconds": 20.0}))
     made = report.run(folder, output, weights=WEIGHTS, crops=2, tell=lambda line: None)
     assert made["images"] == [NAME, "b.png"]
     return Path(made["path"]).read_text("utf-8")
@@ -54,6 +60,7 @@ def test_the_page_holds_curves_tables_and_crops(page: str) -> None:
     assert set(data["curves"]) > {"vq2", "jpeg", "VTM *"}
     assert [point["quality"] for point in data["curves"]["vq2"]["psnr"]] == [1, 2, 3]
     assert len(data["levels"]) == 1 + 3
+    assert data["speed"]["about"].endswith("quality 3; median of 3 calls, or one call if it takes more than 20 s")
     assert data["speed"]["rows"][1][:4] == ["vq2, 1 thread", "96x80", "0.500", "0.500"]
     assert [row[0] for row in data["bd"][1:]] == [name for name in data["curves"] if name != "vq2"]
     for crop in data["crops"]:

@@ -1,24 +1,36 @@
-"""The figures of the README are those of the committed results, which are of the shipped weights."""
+"""The figures of the README and the model card are those of the committed results, which are of the shipped weights."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from vqcodec.weights import fingerprint, load_weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+CARD = (ROOT / "vqcodec" / "weights" / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
-RIVALS = {"JPEG": "jpeg", "WebP": "webp", "JPEG XL": "jxl", "JPEG 2000": "jpeg2000", "AVIF": "avif-420"}
+RIVALS = {
+    "JPEG": "jpeg",
+    "WebP": "webp",
+    "JPEG XL": "jxl",
+    "JPEG 2000": "jpeg2000",
+    "AVIF 4:2:0": "avif-420",
+    "AVIF 4:4:4": "avif-444",
+}
+PRIORS = ("ideal order 0", "no attention, no conditioning", "no attention", "no conditioning", "full")
 
 
 def results(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
-def table_rows(heading: str) -> list[list[str]]:
+def table_rows(heading: str, text: str = README) -> list[list[str]]:
     """The rows of the table whose heading begins so."""
-    lines = README[README.index(f"\n| {heading}") + 1 :].split("\n\n")[0].splitlines()[2:]
+    lines = text[text.index(f"\n| {heading}") + 1 :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -45,6 +57,43 @@ def test_the_bd_rates_are_those_of_the_committed_results() -> None:
         for name, rival in RIVALS.items()
     ]
     assert [[row[0].split(" (")[0], *row[1:]] for row in table_rows("BD-rate against")] == expected
+
+
+def test_prose_rounds_the_committed_results() -> None:
+    kodak = results("kodak")
+    rates = {name: kodak["bd_rate"]["psnr"][name]["percent"] for name in ("jpeg", "webp")}
+    ours = [row for row in kodak["means"] if row["codec"] == "vq2"]
+    low, high = ours[0], ours[-1]
+    readme, card = " ".join(README.split()), " ".join(CARD.split())
+    assert f"{-rates['jpeg']:.0f} % smaller than JPEG's and {-rates['webp']:.0f} % smaller than WebP's" in readme
+    assert f"({low['psnr']:.1f} to {high['psnr']:.1f} dB on Kodak)" in readme
+    assert f"level 8 ends at {high['psnr']:.1f} dB on Kodak, at {high['bpp']:.1f} bits per pixel" in readme
+    assert f"{rates['jpeg']:.1f} % against JPEG and {rates['webp']:.1f} % against WebP" in card
+    assert f"from {low['psnr']:.1f} to {high['psnr']:.1f} dB" in card
+
+
+@pytest.mark.parametrize("name, images", [("kodak", 24), ("valid", 32)])
+def test_size_and_psnr_rise_with_quality_for_every_committed_image(name: str, images: int) -> None:
+    curves: dict[str, list[tuple[float, int, float]]] = {}
+    for row in results(name)["rows"]:
+        if row["codec"] == "vq2":
+            curves.setdefault(row["image"], []).append((row["quality"], row["bytes"], row["psnr"]))
+    assert len(curves) == images
+    for image, curve in curves.items():
+        assert len(curve) == 8
+        assert all(a < b for pair in pairwise(sorted(curve)) for a, b in zip(*pair, strict=True)), image
+
+
+def test_the_tables_of_the_card_are_those_of_the_committed_results() -> None:
+    found = results("ablate")
+    choices = {"the nearest code": "nearest", "least distance + rate": "rate-constrained"}
+    expected = [
+        [text, *(f"{row['bpp']:.3f} bpp, {row['psnr']:.1f} dB" for row in found["choice"][name]["rows"])]
+        for text, name in choices.items()
+    ]
+    assert table_rows("choice of indices", CARD) == expected
+    rows = [row["bits_per_pixel"] for row in found["priors_of_all_grids"]]
+    assert table_rows("prior", CARD) == [[name, *(f"{row[name]:.3f}" for row in rows)] for name in PRIORS]
 
 
 def test_the_speed_table_is_that_of_the_committed_results() -> None:
