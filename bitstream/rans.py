@@ -34,7 +34,7 @@ class Encoder:
     """
 
     def __init__(self) -> None:
-        self._intervals = [np.empty((2, 0), np.int32)]
+        self._intervals: list[NDArray[np.int32]] = []
 
     def push(self, cumulative: NDArray[np.integer[Any]], frequency: NDArray[np.integer[Any]]) -> None:
         """Append symbols by their intervals.
@@ -55,11 +55,11 @@ class Encoder:
     def finish(self) -> bytes:
         """The payload of all symbols pushed so far, empty if there are none. Does not change the encoder."""
         coder = stream.stack.AnsCoder()
-        low, size = np.concatenate(self._intervals, axis=1)
-        for stop in range(len(low), 0, -_BLOCK):
-            block = slice(max(0, stop - _BLOCK), stop)
-            symbols, tables = _three_columns(low[block], size[block])
-            coder.encode_reverse(symbols, _TABLES, tables)
+        for low, size in reversed(self._intervals):
+            for stop in range(len(low), 0, -_BLOCK):
+                block = slice(max(0, stop - _BLOCK), stop)
+                symbols, tables = _three_columns(low[block], size[block])
+                coder.encode_reverse(symbols, _TABLES, tables)
         return bytes(coder.get_compressed().astype("<u4").tobytes())
 
 

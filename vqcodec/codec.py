@@ -432,7 +432,9 @@ class _Encoding:
 
     def payload(self) -> bytes:
         coder = rans.Encoder()
-        coder.push(*np.concatenate(self.intervals, 1))
+        # Neither one by one, which takes time, nor all at once, which takes several times their memory.
+        for start in range(0, len(self.intervals), 256):
+            coder.push(*np.concatenate(self.intervals[start : start + 256], 1))
         return coder.finish()
 
 
