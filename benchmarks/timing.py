@@ -74,9 +74,10 @@ def rival_costs(name: str, image: Path, setting: float, repeat: int) -> dict[str
 
 def _encode_cost(name: str, image: Path, file: Path, setting: float, repeat: int) -> Cost:
     rival, pixels = codecs.RIVALS[name](), np.array(Image.open(image))
-    spent = seconds(functools.partial(rival.encode, pixels, setting), repeat)
-    file.write_bytes(rival.encode(pixels, setting))
-    return Cost(spent, peak_bytes(), file.stat().st_size)
+    coded: list[bytes] = []
+    spent = seconds(lambda: coded.append(rival.encode(pixels, setting)), repeat)
+    file.write_bytes(coded[0])
+    return Cost(spent, peak_bytes(), len(coded[0]))
 
 
 def _decode_cost(name: str, file: Path, repeat: int) -> Cost:

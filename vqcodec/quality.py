@@ -3,8 +3,8 @@
 from vqcodec.models.pixelsnail import PriorConfig
 from vqcodec.models.vqvae import GridConfig, ModelConfig
 
-# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.75 in lambda between levels, a
-# little more before the last.
+# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.75 in lambda between levels, of 2
+# before the last.
 LAMBDAS = (0.0007, 0.00122, 0.00214, 0.00375, 0.00657, 0.01149, 0.02011, 0.04)
 
 PRODUCT = ModelConfig(
