@@ -13,8 +13,8 @@ PRODUCT = ModelConfig(
     channels=(96, 160, 160),
     blocks=2,
     grids=(
-        GridConfig(16, groups=8, dim=2, codes=256, prior=PriorConfig(128, blocks=4, hidden=64, heads=4)),
-        GridConfig(8, groups=48, dim=2, codes=128, prior=PriorConfig(128, blocks=3, hidden=48)),
+        GridConfig(16, 8, 2, codes=255, prior=PriorConfig(128, blocks=4, flags=16, hidden=64, heads=4), escape=True),
+        GridConfig(8, 48, 2, codes=127, prior=PriorConfig(128, blocks=3, flags=16, hidden=48), escape=True),
     ),
     linear_path=True,
 )
@@ -28,7 +28,7 @@ def _paper(name: str, strides: tuple[int, ...]) -> ModelConfig:
         channels=(128,) * len(strides),
         blocks=2,
         grids=tuple(
-            GridConfig(stride, groups=1, dim=64, codes=512, prior=PriorConfig(128, 4, hidden=128, heads=0 if k else 4))
+            GridConfig(stride, groups=1, dim=64, codes=512, prior=PriorConfig(128, 4, flags=16, hidden=128, heads=0 if k else 4))
             for k, stride in enumerate(strides)
         ),
     )

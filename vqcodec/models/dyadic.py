@@ -141,19 +141,25 @@ def on_grid(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 class DyadicLinear(nn.Module):
     """Affine map from activations (..., in) to exact sums (..., out).
 
-    levels: number of biases, one for each quality level; with 1 all levels share it.
+    levels: number of biases, one for each quality level; with 1 all levels share it. mask: (out, in) bool, the weights
+    that may differ from 0, None for all.
     """
 
-    def __init__(self, fan_in: int, fan_out: int, levels: int, *, gain: float = 1.0) -> None:
+    mask: Tensor | None
+
+    def __init__(
+        self, fan_in: int, fan_out: int, levels: int, *, gain: float = 1.0, mask: Tensor | None = None
+    ) -> None:
         super().__init__()
         if fan_in > MAX_FAN_IN:
             raise ValueError(f"a dot product of {fan_in} terms is not exact in float32: the limit is {MAX_FAN_IN}")
         self.weight = nn.Parameter(torch.randn(fan_out, fan_in) * gain / fan_in**0.5)
         self.bias = nn.Parameter(torch.zeros(levels, fan_out))
+        self.register_buffer("mask", mask, persistent=False)
 
     def on_grid(self) -> tuple[Tensor, Tensor]:
         """The weight (out, in) and the biases (levels, out) as the exact numbers that are used."""
-        return on_grid(self.weight, self.bias)
+        return on_grid(self.weight if self.mask is None else self.weight * self.mask, self.bias)
 
     def at(self, level: Tensor) -> Affine:
         """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""

@@ -2,16 +2,20 @@
 
 Source: Chen et al., "PixelSNAIL: An Improved Autoregressive Generative Model" (2018), as used for the priors of
 VQ-VAE-2 (Razavi et al., 2019): gated residual causal convolutions, causal self-attention for the coarsest grid, a
-conditioning stack over the decoded coarser grid for the others. Ours differs in three ways: a cell holds M indices,
-coded one after the other; the causal neighbourhood is (0,-1), (-1,-1), (-1,0), (-1,+1), so that the cells of a wave
-(wavefront.py) are independent; and all arithmetic is dyadic (dyadic.py).
+conditioning stack over the decoded coarser grid for the others. Ours differs in four ways: a cell holds M indices,
+coded one after the other; each index is a flag, null or not, and an outcome where it is not null, because most are
+null; the causal neighbourhood is (0,-1), (-1,-1), (-1,0), (-1,+1), so that the cells of a wave are independent; and all
+arithmetic is dyadic (dyadic.py).
 
-``PixelSNAIL.forward`` computes a whole grid in parallel (training); ``wavefront.Walk`` computes it wave by wave
-(coding). In eval mode they agree bit for bit.
+The flags come from one masked network over the features and the earlier codes of the cell (Germain et al., "MADE:
+Masked Autoencoder for Distribution Estimation", 2015), the outcomes from a head per group that runs on the rows that
+are asked for. This is the form for training, a whole grid at once; `bitstream` codes, wave by wave. In eval mode they
+agree bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +26,18 @@ from vqcodec.models.dyadic import DyadicLinear
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.
 ATTENTION_ROWS, ATTENTION_STEPS = 9, 16
-TOGETHER = 8  # groups whose logits are computed at once: enough for efficient products, little enough for a cache
+# Largest share of all (group, cell) pairs whose outcomes are computed on a GPU, where shapes must not depend on data.
+CAPACITY = 0.5
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """channels: width of the residual stream; blocks: gated residual blocks; hidden: width of a group's head;
-    heads: attention heads, 0 for none; head_channels: channels of a query, key or value."""
+    """channels: width of the residual stream; blocks: gated residual blocks; flags, hidden: units of a group's flag and
+    of its head; heads: attention heads, 0 for none; head_channels: channels of a query, key or value."""
 
     channels: int
     blocks: int
+    flags: int
     hidden: int
     heads: int = 0
     head_channels: int = 16
@@ -110,34 +116,93 @@ class CausalAttention(nn.Module):
         return self.gate.at(level)(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
 
 
+class Rows(NamedTuple):
+    """Chosen pairs of a group and a cell, group after group. place: (n,) their places in (M, cells), flattened; on a GPU
+    padded with M * cells. ends: (M,) int32, where the rows of each group end; padding counts as of the last group."""
+
+    place: Tensor
+    ends: Tensor
+
+
+def rows_of(mask: Tensor) -> Rows:
+    """The pairs where the mask (M, cells) is set. On a GPU at most the first ``CAPACITY`` of all, with no wait for it."""
+    ends = mask.sum(1).cumsum(0)
+    if mask.device.type == "cpu":
+        return Rows(mask.flatten().nonzero()[:, 0], ends.int())
+    size = int(mask.numel() * CAPACITY)
+    place = torch.nonzero_static(mask.flatten(), size=size, fill_value=mask.numel())[:, 0]
+    return Rows(place, F.pad(ends[:-1].clamp(max=size), (0, 1), value=size).int())
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows of each group times its own matrix, on a CPU, where ``F.grouped_mm`` has no fast backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        out = x.new_empty(len(x), weight.shape[1])
+        for rows, matrix in zip(_spans(ends), weight, strict=True):
+            torch.mm(x[rows], matrix.t(), out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
+        for rows, matrix, target in zip(_spans(ends), weight, to_weight, strict=True):
+            torch.mm(gradient[rows], matrix, out=to_x[rows])
+            torch.mm(gradient[rows].t(), x[rows], out=target)
+        return to_x, to_weight, None
+
+
+def _spans(ends: Tensor) -> list[slice]:
+    stops: list[int] = ends.tolist()
+    return [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
+
+
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows x (n, in), of groups that end at ``ends``, times their group's weight (M, out, in): (n, out)."""
+    if x.device.type == "cpu":
+        return _Grouped.apply(x, weight.to(x.dtype), ends)
+    return F.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
+
+
 class PixelSNAIL(nn.Module):
     """Prior of one grid.
 
-    groups, dim, codes: the grid's M, d and K. condition_dim: channels of the coarser grid's code activations, 0 for
-    the coarsest grid. levels: quality levels, each with its own biases but for the last
-    layers.
+    groups, dim: the grid's M and d; outcomes: N of an index that is not null. condition_dim: channels of the coarser
+    grid's code activations, 0 for the coarsest grid. levels: quality levels, each with biases of its own but for the
+    logits of the outcomes.
     """
 
-    def __init__(self, config: PriorConfig, groups: int, dim: int, codes: int, condition_dim: int, levels: int) -> None:
+    def __init__(
+        self, config: PriorConfig, groups: int, dim: int, outcomes: int, condition_dim: int, levels: int
+    ) -> None:
         super().__init__()
-        self.config, self.groups, self.dim, self.codes = config, groups, dim, codes
+        self.config, self.groups, self.outcomes = config, groups, outcomes
         c, width = config.channels, groups * dim
         self.embed = DyadicLinear(len(CAUSAL) * width, c, levels, gain=2.0)
         self.blocks: Modules[GatedBlock] = Modules(GatedBlock(c, 1 + len(CAUSAL), levels) for _ in range(config.blocks))
         self.attention = CausalAttention(c, width, config, levels) if config.heads else None
         self.attention_after = (config.blocks + 1) // 2
         self.condition = ConditioningStack(condition_dim, c, levels) if condition_dim else None
-        self.hidden: Modules[DyadicLinear] = Modules(
-            DyadicLinear(c + g * dim, config.hidden, levels, gain=2.0) for g in range(groups)
-        )
-        self.out: Modules[DyadicLinear] = Modules(DyadicLinear(config.hidden, codes, 1) for _ in range(groups))
+        # Features and codes of earlier groups: input c + g d + e belongs to group g, unit g F + f as well.
+        group = torch.arange(groups)
+        source = torch.cat([torch.full((c,), -1), group.repeat_interleave(dim)])
+        units = group.repeat_interleave(config.flags)
+        self.flag_hidden = DyadicLinear(c + width, groups * config.flags, levels, gain=2.0, mask=source < units[:, None])
+        self.flag_out = DyadicLinear(groups * config.flags, groups, levels, mask=units <= group[:, None])
+        units = group.repeat_interleave(config.hidden)
+        self.hidden = DyadicLinear(c + width, groups * config.hidden, levels, gain=2.0, mask=source < units[:, None])
+        self.out = DyadicLinear(config.hidden, groups * outcomes, 1)
 
-    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> Iterator[Tensor]:
-        """Logits of every cell given the cells before it.
+    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of every cell's flags given the cells before it, and what its heads start from.
 
         codes: (B, h, w, M * d) code activations; level: (B,) int64; condition: (B, h, w, C) stream values.
-        Yields M tensors (B, h, w, K): log2 probabilities up to a constant, exact sums before ``dyadic.logit``. They are
-        made when they are asked for: together they are by far the largest thing in a model.
+        Returns the logits (M, cells) of not null against null, cells = B h w, and the known features and codes
+        (B, h, w, C + M * d), for ``logits``. All logits are log2 probabilities up to a constant per row, exact sums
+        before ``dyadic.logit``.
         """
         stream = dyadic.stream(self.embed.at(level)(shifted(codes, CAUSAL)))
         if condition is not None:
@@ -149,25 +214,27 @@ class PixelSNAIL(nn.Module):
             x = dyadic.activation(stream)
             stream = block.at(level)(stream, torch.cat([x, shifted(x, CAUSAL)], -1))
         known = torch.cat([dyadic.activation(stream), codes], -1)
-        for first in range(0, self.groups, TOGETHER):
-            yield from self.heads(slice(first, first + TOGETHER), known, level)
+        flags = self.flag_out.at(level)(dyadic.relu(self.flag_hidden.at(level)(known)))
+        return flags.flatten(0, 2).t(), known
 
-    def heads(self, groups: slice, known: Tensor, level: Tensor) -> Tensor:
-        """The logits (n, B, h, w, K) of some groups from the features and all code activations, (B, h, w, C + M * d).
+    def logits(self, known: Tensor, level: Tensor, rows: Rows) -> Tensor:
+        """Logits (n, N) of the outcomes of some rows; known: as ``forward`` returns it."""
+        sums = self.hidden.at(level)(known).view(-1, self.config.hidden)  # rows cell by cell, (cells * M, H)
+        cells = known[..., 0].numel()
+        x = dyadic.relu(take(sums, rows.place % cells * self.groups + rows.place // cells))
+        weight, bias = self.out.on_grid()
+        out = grouped(x, weight.unflatten(0, (self.groups, -1)), rows.ends)
+        return out + per_row(bias.view(self.groups, -1), rows, cells).to(out.dtype)
 
-        A head sees the codes of the groups before its own: in the common product the weights of the others are zeros.
-        """
-        layers, width = list(self.hidden)[groups], known.shape[-1]
-        weights = torch.cat([F.pad(layer.weight, (0, width - layer.weight.shape[1])) for layer in layers])
-        weight, biases = dyadic.on_grid(weights, torch.cat([layer.bias for layer in layers], 1))
-        sums = F.linear(known, weight)
-        hidden = dyadic.relu(sums + biases[level][:, None, None].to(sums.dtype))
-        layers = list(self.out)[groups]
-        weight, bias = dyadic.on_grid(
-            torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias[0] for layer in layers])
-        )
-        rows = hidden.flatten(0, 2).unflatten(1, (len(layers), -1)).transpose(0, 1)
-        return torch.baddbmm(bias[:, None], rows, weight.mT).unflatten(1, known.shape[:3])
+
+def take(x: Tensor, place: Tensor) -> Tensor:
+    """Rows of x (M * cells, ...) at places; padding reads the last row."""
+    return x.index_select(0, place.clamp(max=len(x) - 1) if place.device.type != "cpu" else place)
+
+
+def per_row(table: Tensor, rows: Rows, cells: int) -> Tensor:
+    """The entry of a table (M, ...) that belongs to the group of each row: (n, ...)."""
+    return table.index_select(0, (rows.place // cells).clamp(max=len(table) - 1))
 
 
 class ConditioningStack(nn.Module):

@@ -6,7 +6,8 @@ is entropy-constrained vector quantization (Chou, Lookabaugh and Gray, 1989) wit
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqcodec.models import dyadic
+from vqcodec.models.pixelsnail import Rows, grouped, per_row, rows_of, take
 
 Learning = Literal["ema", "loss"]
 
@@ -21,16 +23,31 @@ DECAY = 0.99  # of the EMA codebook
 COMMITMENT = 0.25  # beta of equation 2
 DEAD = 0.002  # a code used less than this fraction of the average is re-seeded from data
 REBIRTH = 0.1  # and then counts as used this fraction of the average
+REBIRTHS = 8  # updates from one look for dead codes to the next
 TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
 # Code vectors as the prior's input: an eighth of their value on the activation grid, so +-31.75 in steps of 1/4.
 CODE_SCALE = 0.125
+# An escape is a point of a square lattice: its coordinates are LATTICE_STEP * (v - LATTICE_SIZE / 2) for v below SIZE.
+LATTICE_SIZE, LATTICE_STEP = 128, 4.0
+
+Logits = Callable[[Rows], Tensor]
+
+
+class Choice(NamedTuple):
+    """What a grid was quantized to. index: (M, cells) int64; vectors: (M, cells, d) of these indices; rate_gradient:
+    (M, cells, d), of the expected bits with respect to the latents."""
+
+    index: Tensor
+    vectors: Tensor
+    rate_gradient: Tensor
 
 
 class Codebook(nn.Module):
-    """M groups of K code vectors with d channels: a latent vector (M * d) becomes M indices.
+    """M groups, each of the null code, which is the zero vector with index 0, and K code vectors with d channels.
 
-    One codebook serves all quality levels (the latents carry the level's gain), so an index means the same to the
-    prior at every level. Distances are in bits: the choice minimises |z - e|^2 + rate.
+    With escape, latents far from all codes go to a point of a square lattice: index K + 1 + 128 a + b stands for
+    (4 (a - 64), 4 (b - 64)), for d = 2. One codebook serves all quality levels (the latents carry the level's gain), so
+    an index means the same to the prior at every level. Distances are in bits: the choice minimises |z - e|^2 + rate.
     """
 
     vectors: Tensor
@@ -38,93 +55,177 @@ class Codebook(nn.Module):
     total: Tensor
     usage: Tensor
 
-    def __init__(self, groups: int, codes: int, dim: int, levels: int, learning: Learning = "ema") -> None:
+    def __init__(
+        self, groups: int, codes: int, dim: int, levels: int, escape: bool = False, learning: Learning = "ema"
+    ) -> None:
         super().__init__()
-        self.groups, self.codes, self.dim, self.learning = groups, codes, dim, learning
+        if codes + 1 + escape * LATTICE_SIZE**dim > 2**16:
+            raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: more than 2^16 indices")
+        self.groups, self.codes, self.dim, self.escape, self.learning = groups, codes, dim, escape, learning
+        self.outcomes = codes + escape  # of an index that is not null
+        self.updates = 0
         self.vectors = nn.Parameter(torch.zeros(groups, codes, dim), requires_grad=learning == "loss")
-        # State of learning: EMA of the number and the sum of the latents of each code, and the use of codes by level.
+        # State of learning: EMA of the number and the sum of the latents of each code, and the use of null and the
+        # outcomes by level.
         self.register_buffer("count", torch.zeros(groups, codes))
         self.register_buffer("total", torch.zeros(groups, codes, dim))
-        self.register_buffer("usage", torch.ones(levels, groups, codes))
+        self.register_buffer("usage", torch.ones(levels, groups, 1 + self.outcomes))
 
     @property
     def initialised(self) -> bool:
         return bool(self.count.any())
 
-    def activations(self) -> Tensor:
-        """Code vectors as the prior sees them, (M, K, d) on the activation grid."""
-        return dyadic.activation(self.vectors.detach() * CODE_SCALE)
-
     def split(self, z: Tensor) -> Tensor:
-        """(B, M * d, h, w) -> (M, B, h * w, d)."""
+        """(B, M * d, h, w) -> (M, B h w, d)."""
         b, _, h, w = z.shape
-        return z.float().reshape(b, self.groups, self.dim, h * w).permute(1, 0, 3, 2)
+        return z.float().reshape(b, self.groups, self.dim, h * w).permute(1, 0, 3, 2).flatten(1, 2)
 
-    def lookup(self, indices: Tensor, table: Tensor) -> Tensor:
-        """Indices (B, M, h, w) and a table (M, K, d) -> (B, h, w, M * d)."""
-        return torch.cat([table[g][indices[:, g].long()] for g in range(self.groups)], -1)
+    def join(self, x: Tensor, b: int, h: int, w: int) -> Tensor:
+        """The inverse of ``split``: (B, M * d, h, w)."""
+        return x.view(self.groups, b, h * w, self.dim).permute(1, 0, 3, 2).reshape(b, -1, h, w)
 
-    def closeness(self, z: Tensor, group: int) -> Tensor:
-        """|z|^2 - |z - e|^2 for z (..., d) of a group: (..., K)."""
-        e = self.vectors[group].detach()
-        # With the constant as one more input: a bias would be copied into every row before the product.
-        weight = torch.cat([2 * e, -e.pow(2).sum(-1, keepdim=True)], 1)
-        return F.pad(z, (0, 1), value=1.0) @ weight.t()
+    def activations(self, x: Tensor, b: int, h: int, w: int) -> Tensor:
+        """Vectors (M, B h w, d) as the prior sees them: (B, h, w, M * d) on the activation grid."""
+        seen = dyadic.activation(x.detach() * CODE_SCALE)
+        return seen.transpose(0, 1).reshape(b, h, w, -1)
+
+    def lookup(self, index: Tensor) -> Tensor:
+        """Vectors (M, cells, d) of indices (M, cells)."""
+        index = index.long()
+        table = F.pad(self.vectors, (0, 0, 1, 0)).flatten(0, 1)
+        first = torch.arange(self.groups, device=index.device)[:, None] * (self.codes + 1)
+        out = table[index.clamp(max=self.codes) + first]
+        if not self.escape:
+            return out
+        point = (index - self.codes - 1)[..., None] // self._powers(index.device) % LATTICE_SIZE
+        return torch.where((index > self.codes)[..., None], LATTICE_STEP * (point - LATTICE_SIZE // 2), out)
+
+    def outcome(self, index: Tensor) -> Tensor:
+        """0 for null, 1..K for the codes, K + 1 for an escape."""
+        return index.clamp(max=self.outcomes)
+
+    def _powers(self, device: torch.device) -> Tensor:
+        """What a step along each axis of the lattice adds to an index."""
+        return LATTICE_SIZE ** torch.arange(self.dim - 1, -1, -1, device=device)
 
     def log2_usage(self) -> Tensor:
-        """log2 of the frequency of use, (levels, M, K)."""
+        """log2 of the frequency of use, (levels, M, 1 + N)."""
         p = self.usage + 0.1 * self.usage.mean(-1, keepdim=True)
         return torch.log2(p / p.sum(-1, keepdim=True))
 
     @torch.no_grad()
+    def guess(self, z: Tensor, level: Tensor, weight: float) -> Tensor:
+        """Indices (M, cells) of latents z (M, cells, d) by distance and the frequencies of the codes at the levels,
+        (cells,), without the prior."""
+        usage = self.log2_usage()
+        null = -usage[..., 0].t()[:, level]
+        active = -usage[..., 1:].exp2().sum(-1).log2().t()[:, level]
+        table = usage[..., 1:].transpose(0, 1).flatten(0, 1)
+
+        def logits(rows: Rows) -> Tensor:
+            cells = z.shape[1]
+            group = (rows.place // cells).clamp(max=self.groups - 1)
+            return table.index_select(0, group * len(usage) + level[rows.place % cells])
+
+        return self.choose(z, null, active, logits, weight).index
+
+    @torch.no_grad()
+    def choose(
+        self, z: Tensor, null: Tensor, active: Tensor, logits: Logits, weight: float, gradient: bool = False
+    ) -> Choice:
+        """The indices of least |z - e|^2 + weight * bits.
+
+        z: (M, cells, d); null, active: (M, cells), the bits of a null flag and of its opposite; logits: gives log2
+        probabilities of the outcomes, (n, N), up to a constant per row, of the rows where null is not sure to win.
+        gradient: with the rate's gradient, that of the expected bits of indices drawn from q = softmax(-cost):
+        d/dz sum_k q_k r_k = 2 sum_k q_k (r_k - mean r) e_k. It is 0 where null is sure to win.
+        """
+        flat, cells = z.flatten(0, 1), z.shape[1]
+        rows = rows_of(z.pow(2).sum(-1) + weight * null > weight * active)
+        x, e = take(flat, rows.place), self.vectors.detach()
+        log2_p = logits(rows).float()
+        bits = take(active.flatten(), rows.place) + (log2_p * LN2).logsumexp(1) / LN2  # of an outcome, plus log2_p
+        if self.escape:
+            log2_p[:, -1] -= self.dim * math.log2(LATTICE_SIZE)
+            half = LATTICE_SIZE // 2
+            point = (x / LATTICE_STEP).round_().clamp_(-half, half - 1)
+        bits_null = take(null.flatten(), rows.place)
+        # Costs are less |z|^2 and in the first place minus the cost, because a softmax follows.
+        merit = nearness(x, e, rows, cells)
+        if self.escape:
+            far = (x - LATTICE_STEP * point).pow(2).sum(-1) - x.pow(2).sum(-1)
+            merit = torch.cat([merit, -far[:, None]], 1)
+        merit.add_(log2_p, alpha=weight).sub_(weight * bits[:, None])
+        merit_null = -weight * bits_null
+        best = argmax(merit)
+        won = merit.gather(1, best[:, None])[:, 0] > merit_null
+        index = torch.where(won, best + 1, 0)
+        if self.escape:
+            number = ((point.long() + half) * self._powers(z.device)).sum(-1)
+            index = torch.where(index > self.codes, self.codes + 1 + number, index)
+        chosen = put(index, rows, self.groups, cells)
+        rate = torch.zeros_like(z)
+        if gradient:
+            q = torch.softmax(torch.cat([merit, merit_null[:, None]], 1), 1)
+            q_null, q = q[:, -1], q[:, :-1].contiguous()
+            weighted = log2_p.mul_(q)
+            mean = q_null * bits_null + (1 - q_null) * bits - weighted.sum(1)
+            both = F.pad(e, (0, 0, 0, self.outcomes - self.codes)).mT
+            g = (bits - mean)[:, None] * grouped(q, both, rows.ends) - grouped(weighted, both, rows.ends)
+            if self.escape:
+                g += (q[:, -1] * (bits - mean) - weighted[:, -1])[:, None] * point * LATTICE_STEP
+            rate = put(2 * g, rows, self.groups, cells)
+        return Choice(chosen, self.lookup(chosen), rate)
+
+    @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Codes from latents z (M, B, n, d), spread out as by k-means++: the next code is a latent drawn by its squared
-        distance from the codes there are (Arthur and Vassilvitskii, 2007)."""
-        z, groups = z.flatten(1, 2), torch.arange(self.groups, device=z.device)
-        pick = torch.randint(z.shape[1], (self.groups,), device=z.device)
-        distance = torch.full(z.shape[:2], torch.inf, device=z.device)
+        """Codes from latents z (M, cells, d), spread out as by k-means++: the next code is a latent drawn by its squared
+        distance from null and the codes there are (Arthur and Vassilvitskii, 2007)."""
+        groups = torch.arange(self.groups, device=z.device)
+        distance = z.pow(2).sum(-1)
         for k in range(self.codes):
+            pick = torch.multinomial(distance + TINY, 1)[:, 0]
             self.vectors[:, k] = z[groups, pick]
             distance = torch.minimum(distance, (z - self.vectors[:, k, None]).pow(2).sum(-1))
-            pick = torch.multinomial(distance + TINY, 1)[:, 0]
         self._broadcast(self.vectors.data)
         self.count.fill_(1.0)
         self.total.copy_(self.vectors)
 
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor, level: Tensor) -> None:
-        """One step of learning from latents z (M, B, n, d) with their indices (M, B, n) and levels (B,).
+    def update(self, z: Tensor, choice: Choice, level: Tensor) -> None:
+        """One step of learning from latents z (M, cells, d), what they were quantized to and their levels (cells,).
 
         EMA with Laplace smoothing as in Sonnet: n_k <- (n_k + eps) / (n + K eps) * n. Dead codes are re-seeded from the
         latents that the codes fit worst, because the others need none: they are drawn by the square of their distance.
         """
-        groups = torch.arange(self.groups, device=z.device)
-        flat = indices + (level[:, None] * self.groups + groups[:, None, None]) * self.codes
-        use = torch.bincount(flat.flatten(), minlength=self.usage.numel()).view_as(self.usage).float()
-        sums = torch.zeros_like(self.total)
-        for g in range(self.groups):
-            sums[g].index_add_(0, indices[g].flatten(), z[g].flatten(0, 1))
+        groups, size = torch.arange(self.groups, device=z.device)[:, None], 1 + self.outcomes
+        place = self.outcome(choice.index) + groups * size
+        use, sums = torch.zeros_like(self.usage), z.new_zeros(self.groups, size, self.dim)
+        by_level = (place + level * self.groups * size).flatten()
+        use.view(-1).index_add_(0, by_level, torch.ones_like(by_level, dtype=use.dtype))
+        sums.view(-1, self.dim).index_add_(0, place.flatten(), z.flatten(0, 1))
         self._reduce(use)
         self._reduce(sums)
-        seen = use.sum((1, 2)) > 0
-        self.usage[seen] = DECAY * self.usage[seen] + (1 - DECAY) * use[seen]
-        self.count.mul_(DECAY).add_(use.sum(0), alpha=1 - DECAY)
-        self.total.mul_(DECAY).add_(sums, alpha=1 - DECAY)
+        seen = use.sum((1, 2), keepdim=True) > 0
+        self.usage.lerp_(torch.where(seen, use, self.usage), 1 - DECAY)
+        self.count.lerp_(use[..., 1 : self.codes + 1].sum(0), 1 - DECAY)
+        self.total.lerp_(sums[:, 1 : self.codes + 1], 1 - DECAY)
         n = self.count.sum(-1, keepdim=True)
         if self.learning == "ema":
             smooth = (self.count + 1e-5) / (n + self.codes * 1e-5) * n
             self.vectors.copy_(self.total / smooth[..., None])
+        self.updates += 1
+        if self.updates % REBIRTHS:
+            return
         dead = self.count < DEAD * n / self.codes
-        if dead.any():
-            latents = z.flatten(1, 2)
-            chosen = self.vectors[groups[:, None], indices.flatten(1)]
-            distance = (latents - chosen).pow(2).sum(-1)
-            pick = torch.multinomial(distance.square() + TINY, self.codes, replacement=True)
-            fresh = latents[groups[:, None], pick]
-            self._broadcast(fresh)
-            reborn = (REBIRTH * n / self.codes).expand_as(self.count)
-            self.vectors[dead], self.count[dead] = fresh[dead], reborn[dead]
-            self.total[dead] = (fresh * reborn[..., None])[dead]
+        distance = (z - choice.vectors).pow(2).sum(-1)
+        pick = torch.multinomial(distance.square() + TINY, self.codes, replacement=True)
+        fresh = z[groups, pick]
+        self._broadcast(fresh)
+        reborn = (REBIRTH * n / self.codes).expand_as(self.count)
+        self.vectors.copy_(torch.where(dead[..., None], fresh, self.vectors))
+        self.total.copy_(torch.where(dead[..., None], fresh * reborn[..., None], self.total))
+        self.count.copy_(torch.where(dead, reborn, self.count))
 
     @staticmethod
     def _reduce(x: Tensor) -> None:
@@ -158,24 +259,52 @@ def code_length(logits: Tensor, index: Tensor) -> Tensor:
     return _CodeLength.apply(logits, index)
 
 
-def choose(closeness: Tensor, log2_p: Tensor, rate_weight: float) -> Tensor:
-    """Rate-constrained choice in one group: indices (...) of the least distance + rate_weight * bits.
-
-    closeness: (..., K), minus the distance, is overwritten by minus the cost; log2_p: minus the bits, up to a constant.
-    """
-    cost = closeness.add_(log2_p, alpha=rate_weight)
-    # NumPy's argmax is several times faster than torch's on a CPU.
-    return torch.from_numpy(cost.numpy().argmax(-1)) if cost.device.type == "cpu" else cost.argmax(-1)
+LN2 = math.log(2)
 
 
-def rate_gradient(cost: Tensor, log2_p: Tensor, vectors: Tensor) -> Tensor:
-    """Gradient (..., d) of the expected rate with respect to z, for indices drawn from q = softmax(-cost).
+def nearness(x: Tensor, vectors: Tensor, rows: Rows, cells: int) -> Tensor:
+    """|x|^2 - |x - e|^2 of rows x (n, d) and their groups' codes, vectors (M, K, d): (n, K), float32."""
+    if x.device.type == "cpu":
+        e = torch.cat([2 * vectors, -vectors.pow(2).sum(-1, keepdim=True)], -1)
+        return grouped(F.pad(x, (0, 1), value=1.0), e, rows.ends)
+    # Products on a GPU are too coarse for this, and of so few channels not faster.
+    e = per_row(vectors, rows, cells)
+    return (x[:, None] * e).mul_(2).sum(-1) - e.pow(2).sum(-1)
 
-    d/dz sum_k q_k r_k = 2 sum_k q_k (r_k - mean r) e_k, r = -log2 p, which needs no autograd through the K axis.
-    cost: (..., K), given as minus the cost; log2_p: up to a constant.
-    """
-    q = torch.softmax(cost, -1)
-    one = torch.cat([vectors, torch.ones_like(vectors[:, :1])], -1)
-    mean = q @ vectors
-    weighted = q.mul_(log2_p) @ one
-    return 2 * (mean * weighted[..., -1:] - weighted[..., :-1])
+
+def argmax(x: Tensor) -> Tensor:
+    """Over the last axis; NumPy's is several times faster than torch's on a CPU."""
+    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
+
+
+def put(values: Tensor, rows: Rows, groups: int, cells: int) -> Tensor:
+    """Values (n, ...) of rows in their places, 0 elsewhere: (M, cells, ...)."""
+    out = values.new_zeros(groups * cells + 1, *values.shape[1:])  # the last place is for padding
+    return out.index_copy_(0, rows.place, values)[:-1].unflatten(0, (groups, cells))
+
+
+def flag_bits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of null and of not null from the flags' logits."""
+    null = F.softplus(logits.float() * LN2) / LN2
+    return null, null - logits.float()
+
+
+class _CodeLength(torch.autograd.Function):
+    """-log2 of 2**logits[index] / sum(2**logits) per row; the gradient takes no more than three passes over K."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        log_p = torch.log_softmax(logits * LN2, -1)
+        ctx.save_for_backward(log_p, index)
+        return log_p.gather(-1, index[..., None]).squeeze(-1).float() / -LN2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        log_p, index = ctx.saved_tensors
+        g = gradient[..., None].to(log_p.dtype)
+        return log_p.exp().mul_(g).scatter_add_(-1, index[..., None], -g), None
+
+
+def code_length(logits: Tensor, index: Tensor) -> Tensor:
+    """Bits of indices (...) under the prior's logits (..., K)."""
+    return _CodeLength.apply(logits, index)

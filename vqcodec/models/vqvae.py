@@ -7,6 +7,7 @@ quality levels (gains per channel in every stage), and a linear path beside the 
 model begins as a plain transform codec and spends its training on what is better than that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqcodec.models import Modules
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.quantizer import COMMITMENT, Codebook, Learning, choose, code_length, rate_gradient
+from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of
+from vqcodec.models.quantizer import COMMITMENT, LATTICE_SIZE, Codebook, Learning, code_length, flag_bits, put, take
 from vqcodec.models.transform import block_basis
 
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
@@ -28,13 +29,14 @@ QUIET = 0.1  # factor on the first weights of what is added to the linear path
 @dataclass(frozen=True)
 class GridConfig:
     """One grid: a cell of stride x stride pixels holds ``groups`` indices into codebooks of ``codes`` vectors of
-    ``dim`` channels."""
+    ``dim`` channels, beside null and, with ``escape``, the points of a lattice."""
 
     stride: int
     groups: int
     dim: int
     codes: int
     prior: PriorConfig
+    escape: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Stage(nn.Module):
 
 
 class Latent(nn.Module):
-    """Latents of a grid: a projection of the features, plus the linear path, in units in which distances are bits.
+    """Latents of a grid: a projection of the features, plus the linear path, in units in which distances are bits, less
+    what the null code of a level stands for.
 
     An error d in a coefficient of an orthonormal transform costs lambda 255^2 d^2 / 3 bits per cell: the gain of a
     level starts as the root of that. Without rate it starts as a spread comparable to the distance between codes.
@@ -118,13 +121,15 @@ class Latent(nn.Module):
         gain = torch.tensor([255 * (value / 3) ** 0.5 / SPREAD or SPREAD for value in lambdas]).log()
         self.log_gain = nn.Parameter(gain[:, None].repeat(1, width))
         self.log_inverse = nn.Parameter(-gain[:, None].repeat(1, width))
+        self.null = nn.Parameter(torch.zeros(len(lambdas), width))
 
     def encode(self, features: Tensor, linear: Tensor | None, level: Tensor) -> Tensor:
         y = self.project(features).float()
-        return (y if linear is None else y + linear.float()) * self.log_gain[level].exp()[:, :, None, None]
+        y = (y if linear is None else y + linear.float()) * self.log_gain[level].exp()[:, :, None, None]
+        return y - self.null[level][:, :, None, None]
 
     def decode(self, codes: Tensor, level: Tensor) -> Tensor:
-        return codes * self.log_inverse[level].exp()[:, :, None, None]
+        return (codes + self.null[level][:, :, None, None]) * self.log_inverse[level].exp()[:, :, None, None]
 
 
 class Output(NamedTuple):
@@ -160,9 +165,10 @@ class VQVAE(nn.Module):
             c, width = widths[strides.index(grid.stride)], grid.groups * grid.dim
             self.latents.append(Latent(c, width, config.lambdas))
             self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), ResBlock(c)) if k else nn.Identity())
-            self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, config.codebook))
+            self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, grid.escape, config.codebook))
             above = config.grids[k - 1].groups * config.grids[k - 1].dim if k else 0
-            self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, grid.codes, above, levels))
+            outcomes = self.codebooks[k].outcomes
+            self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, outcomes, above, levels))
             self.join[str(grid.stride)] = nn.Conv2d(width + (c if k else 0), c, 3, padding=1)
         self.synthesis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
         self.up = nn.ModuleList(
@@ -249,16 +255,11 @@ class VQVAE(nn.Module):
         """Code vectors (B, M * d, h, w) of grid k; zeros stand for those of a grid that is not among the indices."""
         book = self.codebooks[k]
         if k < len(indices):
-            return book.lookup(indices[k], book.vectors).permute(0, 3, 1, 2)
+            b, _, h, w = indices[k].shape
+            return book.join(book.lookup(indices[k].transpose(0, 1).flatten(1)), b, h, w)
         grid, (b, _, h, w) = self.config.grids[k], indices[0].shape
         ratio = self.config.stride // grid.stride
         return book.vectors.new_zeros(b, grid.groups * grid.dim, h * ratio, w * ratio)
-
-    def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
-        """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
-        book, stack = self.codebooks[k - 1], self.priors[k].condition
-        assert stack is not None
-        return stack(book.lookup(indices, book.activations()), level)
 
     def forward(self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
@@ -266,73 +267,71 @@ class VQVAE(nn.Module):
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone.
 
         The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
-        backward pass is the dearest part of a step.
+        backward pass is the most expensive part of a step.
         """
         context: Tensor | None = None
-        coarser: Tensor | None = None
+        seen: Tensor | None = None
         n = (len(x) + 1) // 2
         bits, penalty = [], x.new_zeros(x.shape[0])
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, features, context, level)
-            condition = None if coarser is None else self.condition(k, coarser, level)
-            index, straight, loss = self.quantize(k, z, condition, level, rate_weight, n)
-            bits.append(self.code_lengths(k, index[:n], None if condition is None else condition[:n], level[:n]))
+            stack = self.priors[k].condition
+            condition = None if stack is None or seen is None else stack(seen, level)
+            index, straight, loss = self.quantize(k, z, condition, level, rate_weight)
+            with torch.no_grad():
+                seen = self.codebooks[k].activations(self.codebooks[k].split(straight), len(x), *z.shape[2:])
+            bits.append(
+                self.code_lengths(k, index[:n], seen[:n], None if condition is None else condition[:n], level[:n])
+            )
             penalty = penalty + loss
             if k and dropped is not None:
                 straight = straight * ~dropped[:, None, None, None]
             context = self.decode_grid(k, straight, context, level)
-            coarser = index
         assert context is not None
         return Output(context, torch.stack(bits), penalty)
 
-    def code_lengths(self, k: int, index: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
-        """Bits of grid k, (B,), differentiable in the prior's parameters."""
-        book = self.codebooks[k]
-        logits = self.priors[k](book.lookup(index, book.activations()), level, condition)
-        lengths = [code_length(row, index[:, g]).sum((1, 2)) for g, row in enumerate(logits)]
-        return torch.stack(lengths).sum(0)
-
-    @torch.no_grad()
-    def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float) -> Tensor:
-        """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes at the level, without the
-        prior."""
-        book, values = self.codebooks[k], self.codebooks[k].split(z)
-        with torch.autocast(z.device.type, enabled=False):
-            usage = book.log2_usage()[level][:, :, None]
-            chosen = [choose(book.closeness(values[g], g), usage[:, g], rate_weight) for g in range(book.groups)]
-        return torch.stack(chosen, 1).unflatten(2, z.shape[2:])
+    def code_lengths(
+        self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor
+    ) -> Tensor:
+        """Bits of grid k, (B,), differentiable in the prior's parameters. index: (B, M, h, w); seen: its vectors as
+        ``Codebook.activations`` gives them."""
+        book, prior = self.codebooks[k], self.priors[k]
+        flags, known = prior(seen, level, condition)
+        outcome = book.outcome(index.transpose(0, 1).flatten(1))
+        null, active = flag_bits(flags)
+        total = torch.where(outcome == 0, null, active)
+        rows = rows_of(outcome > 0)
+        logits = prior.logits(known, level, rows)
+        lengths = code_length(logits, take(outcome.flatten(), rows.place) - 1)
+        total = total + put(lengths, rows, book.groups, outcome.shape[1])
+        if book.escape:
+            total = total + (outcome > book.codes) * (book.dim * math.log2(LATTICE_SIZE))
+        return total.unflatten(1, (len(index), -1)).sum((0, 2))
 
     def quantize(
-        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float, n: int = 1
+        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,); the
-        gradient of the rate comes from the first n samples and counts for all."""
-        book = self.codebooks[k]
+        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,)."""
+        book, prior = self.codebooks[k], self.priors[k]
         b, _, h, w = z.shape
         v = book.split(z)
-        values = v.detach()
+        values, cell_level = v.detach(), level.repeat_interleave(h * w)
         if book.training and not book.initialised:
             book.initialise(values)
-        guess = self.guess(k, z, level, rate_weight)
-        chosen, gradient = list(guess.flatten(2).unbind(1)), torch.zeros_like(values)
-        if rate_weight > 0:
-            with torch.no_grad():
-                logits = self.priors[k](book.lookup(guess, book.activations()), level, condition)
-                for g, row in enumerate(logits):
-                    with torch.autocast(z.device.type, enabled=False):
-                        log2_p = row.flatten(1, 2).float()  # up to a constant per cell, which changes nothing here
-                        cost = book.closeness(values[g], g)
-                        chosen[g] = choose(cost, log2_p, rate_weight)
-                        if book.training:
-                            gradient[g, :n] = b / n * rate_gradient(cost[:n], log2_p[:n], book.vectors[g])
-        index = torch.stack(chosen)
-        e = torch.stack([book.vectors[g][index[g]] for g in range(book.groups)])
-        penalty = COMMITMENT * (v - e.detach()).pow(2).sum((0, 2, 3))
-        penalty = penalty + rate_weight * ((v - values) * gradient).sum((0, 2, 3))  # zero, but for its gradient
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            guess = book.guess(values, cell_level, rate_weight)
+        with torch.no_grad():
+            flags, known = prior(book.activations(book.lookup(guess), b, h, w), level, condition)
+            null, active = flag_bits(flags)
+            choice = book.choose(
+                values, null, active, lambda rows: prior.logits(known, level, rows), rate_weight, book.training
+            )
+        # The second term is zero but for its gradient.
+        loss = COMMITMENT * (v - choice.vectors).pow(2) + rate_weight * (v - values) * choice.rate_gradient
         if book.learning == "loss":
-            penalty = penalty + (values - e).pow(2).sum((0, 2, 3))
+            loss = loss + (values - book.lookup(choice.index)).pow(2)
+        penalty = loss.unflatten(1, (b, h * w)).sum((0, 2, 3))
         if book.training:
-            book.update(values, index, level)
-        straight = v + (e - v).detach()
-        joined = straight.permute(1, 0, 3, 2).reshape(b, -1, h, w)
-        return index.transpose(0, 1).unflatten(2, (h, w)), joined, penalty
+            book.update(values, choice, cell_level)
+        index = choice.index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
+        return index, book.join(v + (choice.vectors - v).detach(), b, h, w), penalty

@@ -84,17 +84,22 @@ def rate_weight(stage: Stage, step: int, config: ModelConfig) -> float:
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
-    hidden: list[Tensor] = []
+    hidden: dict[int, list[Tensor]] = {}
     rest: list[Tensor] = []
     edges = {id(p) for part in (model.stem, model.tail) for p in part.parameters()}
+    # A prior's heads are matrices of their own, one for each group.
+    parts = {
+        id(layer.weight): prior.groups for prior in model.priors for layer in (prior.flag_hidden, prior.hidden, prior.out)
+    }
     for name, p in model.named_parameters():
         if stage == "prior":
             p.requires_grad_(name.startswith("priors."))
         if not p.requires_grad:
             continue
         matrix = p.ndim >= 2 and name.endswith("weight") and id(p) not in edges
-        (hidden if matrix else rest).append(p)
-    return [Muon(hidden, MUON_RATE), torch.optim.Adam(rest, ADAM_RATE, betas=(0.9, 0.99))]
+        (hidden.setdefault(parts.get(id(p), 1), []) if matrix else rest).append(p)
+    matrices = [{"params": params, "parts": n} for n, params in hidden.items()]
+    return [Muon(matrices, MUON_RATE), torch.optim.Adam(rest, ADAM_RATE, betas=(0.9, 0.99))]
 
 
 def sample_weights(config: ModelConfig) -> Tensor:

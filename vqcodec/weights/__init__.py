@@ -23,7 +23,7 @@ from vqcodec.models.pixelsnail import CausalAttention, PriorConfig
 from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
 
 SHIPPED = Path(__file__).parent / "vqcodec.safetensors"
-FORMAT = "vqcodec-1"
+FORMAT = "vqcodec-2"
 
 
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
@@ -34,8 +34,11 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
 
 def to_file(model: VQVAE) -> dict[str, Tensor]:
     """The tensors of a weights file."""
-    tensors = {name: _half(name, value) for name, value in model.named_parameters()}
-    tensors |= {name: value.detach().cpu().float() for name, value in model.named_buffers()}
+    learned = dict(model.named_parameters())
+    tensors = {
+        name: _half(name, value) if name in learned else value.detach().cpu().float()
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
     for name, module in model.named_modules():
         if isinstance(module, DyadicLinear):
             weight, bias = (x.detach().cpu() for x in module.on_grid())
@@ -111,8 +114,7 @@ def load_weights(path: Path = SHIPPED) -> VQVAE:
     if metadata.get("format") != FORMAT:
         raise WeightsError(f"{path}: weights of format {metadata.get('format')}, this version reads {FORMAT}")
     try:
-        with torch.device("meta"):  # nothing is drawn at random, the tensors of the file take the places
-            model = VQVAE(config_from_dict(json.loads(metadata["config"])))
+        model = VQVAE(config_from_dict(json.loads(metadata["config"])))
         model.load_state_dict(from_file(tensors), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: the tensors do not fit the configuration ({error})") from None
