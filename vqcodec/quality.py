@@ -28,7 +28,13 @@ def _paper(name: str, strides: tuple[int, ...]) -> ModelConfig:
         channels=(128,) * len(strides),
         blocks=2,
         grids=tuple(
-            GridConfig(stride, groups=1, dim=64, codes=512, prior=PriorConfig(128, 4, flags=16, hidden=128, heads=0 if k else 4))
+            GridConfig(
+                stride,
+                groups=1,
+                dim=64,
+                codes=512,
+                prior=PriorConfig(128, 4, flags=16, hidden=128, heads=0 if k else 4),
+            )
             for k, stride in enumerate(strides)
         ),
     )

@@ -117,15 +117,18 @@ class CausalAttention(nn.Module):
 
 
 class Rows(NamedTuple):
-    """Chosen pairs of a group and a cell, group after group. place: (n,) their places in (M, cells), flattened; on a GPU
-    padded with M * cells. ends: (M,) int32, where the rows of each group end; padding counts as of the last group."""
+    """Chosen pairs of a group and a cell, group after group.
+
+    place: (n,) their places in (M, cells), flattened; on a GPU padded with M * cells. ends: (M,) int32, where the rows
+    of each group end; padding counts as of the last group.
+    """
 
     place: Tensor
     ends: Tensor
 
 
 def rows_of(mask: Tensor) -> Rows:
-    """The pairs where the mask (M, cells) is set. On a GPU at most the first ``CAPACITY`` of all, with no wait for it."""
+    """The pairs where the mask (M, cells) is set; on a GPU, which is not waited for, at most ``CAPACITY`` of all."""
     ends = mask.sum(1).cumsum(0)
     if mask.device.type == "cpu":
         return Rows(mask.flatten().nonzero()[:, 0], ends.int())
@@ -190,7 +193,9 @@ class PixelSNAIL(nn.Module):
         group = torch.arange(groups)
         source = torch.cat([torch.full((c,), -1), group.repeat_interleave(dim)])
         units = group.repeat_interleave(config.flags)
-        self.flag_hidden = DyadicLinear(c + width, groups * config.flags, levels, gain=2.0, mask=source < units[:, None])
+        self.flag_hidden = DyadicLinear(
+            c + width, groups * config.flags, levels, gain=2.0, mask=source < units[:, None]
+        )
         self.flag_out = DyadicLinear(groups * config.flags, groups, levels, mask=units <= group[:, None])
         units = group.repeat_interleave(config.hidden)
         self.hidden = DyadicLinear(c + width, groups * config.hidden, levels, gain=2.0, mask=source < units[:, None])

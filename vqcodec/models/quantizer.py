@@ -29,15 +29,16 @@ TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
 CODE_SCALE = 0.125
 # An escape is a point of a square lattice: its coordinates are LATTICE_STEP * (v - LATTICE_SIZE / 2) for v below SIZE.
 LATTICE_SIZE, LATTICE_STEP = 128, 4.0
+LN2 = math.log(2)
 
 Logits = Callable[[Rows], Tensor]
 
 
 class Choice(NamedTuple):
-    """What a grid was quantized to. index: (M, cells) int64; vectors: (M, cells, d) of these indices; rate_gradient:
+    """What a grid was quantized to. indices: (M, cells) int64; vectors: (M, cells, d) of these indices; rate_gradient:
     (M, cells, d), of the expected bits with respect to the latents."""
 
-    index: Tensor
+    indices: Tensor
     vectors: Tensor
     rate_gradient: Tensor
 
@@ -63,7 +64,7 @@ class Codebook(nn.Module):
             raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: more than 2^16 indices")
         self.groups, self.codes, self.dim, self.escape, self.learning = groups, codes, dim, escape, learning
         self.outcomes = codes + escape  # of an index that is not null
-        self.updates = 0
+        self.updates, self.started = 0, False
         self.vectors = nn.Parameter(torch.zeros(groups, codes, dim), requires_grad=learning == "loss")
         # State of learning: EMA of the number and the sum of the latents of each code, and the use of null and the
         # outcomes by level.
@@ -73,7 +74,8 @@ class Codebook(nn.Module):
 
     @property
     def initialised(self) -> bool:
-        return bool(self.count.any())
+        self.started = self.started or bool(self.count.any())  # looked at once: a GPU would have to be waited for
+        return self.started
 
     def split(self, z: Tensor) -> Tensor:
         """(B, M * d, h, w) -> (M, B h w, d)."""
@@ -127,7 +129,7 @@ class Codebook(nn.Module):
             group = (rows.place // cells).clamp(max=self.groups - 1)
             return table.index_select(0, group * len(usage) + level[rows.place % cells])
 
-        return self.choose(z, null, active, logits, weight).index
+        return self.choose(z, null, active, logits, weight).indices
 
     @torch.no_grad()
     def choose(
@@ -179,8 +181,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Codes from latents z (M, cells, d), spread out as by k-means++: the next code is a latent drawn by its squared
-        distance from null and the codes there are (Arthur and Vassilvitskii, 2007)."""
+        """Codes from latents z (M, cells, d), spread out as by k-means++ (Arthur and Vassilvitskii, 2007): the next
+        code is a latent drawn by its squared distance from null and the codes there are."""
         groups = torch.arange(self.groups, device=z.device)
         distance = z.pow(2).sum(-1)
         for k in range(self.codes):
@@ -199,7 +201,7 @@ class Codebook(nn.Module):
         latents that the codes fit worst, because the others need none: they are drawn by the square of their distance.
         """
         groups, size = torch.arange(self.groups, device=z.device)[:, None], 1 + self.outcomes
-        place = self.outcome(choice.index) + groups * size
+        place = self.outcome(choice.indices) + groups * size
         use, sums = torch.zeros_like(self.usage), z.new_zeros(self.groups, size, self.dim)
         by_level = (place + level * self.groups * size).flatten()
         use.view(-1).index_add_(0, by_level, torch.ones_like(by_level, dtype=use.dtype))
@@ -236,30 +238,6 @@ class Codebook(nn.Module):
     def _broadcast(x: Tensor) -> None:
         if dist.is_initialized():
             dist.broadcast(x, 0)
-
-
-class _CodeLength(torch.autograd.Function):
-    """-log2 of 2**logits[index] / sum(2**logits) per row; the gradient takes no more than three passes over K."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        log_p = torch.log_softmax(logits * math.log(2), -1)
-        ctx.save_for_backward(log_p, index)
-        return log_p.gather(-1, index[..., None]).squeeze(-1).float() / -math.log(2)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        log_p, index = ctx.saved_tensors
-        g = gradient[..., None].to(log_p.dtype)
-        return log_p.exp().mul_(g).scatter_add_(-1, index[..., None], -g), None
-
-
-def code_length(logits: Tensor, index: Tensor) -> Tensor:
-    """Bits of indices (...) under the prior's logits (..., K)."""
-    return _CodeLength.apply(logits, index)
-
-
-LN2 = math.log(2)
 
 
 def nearness(x: Tensor, vectors: Tensor, rows: Rows, cells: int) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqcodec.models import Modules
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of
-from vqcodec.models.quantizer import COMMITMENT, LATTICE_SIZE, Codebook, Learning, code_length, flag_bits, put, take
+from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of, take
+from vqcodec.models.quantizer import COMMITMENT, LATTICE_SIZE, Codebook, Learning, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
@@ -290,9 +290,7 @@ class VQVAE(nn.Module):
         assert context is not None
         return Output(context, torch.stack(bits), penalty)
 
-    def code_lengths(
-        self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor
-    ) -> Tensor:
+    def code_lengths(self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
         """Bits of grid k, (B,), differentiable in the prior's parameters. index: (B, M, h, w); seen: its vectors as
         ``Codebook.activations`` gives them."""
         book, prior = self.codebooks[k], self.priors[k]
@@ -329,9 +327,9 @@ class VQVAE(nn.Module):
         # The second term is zero but for its gradient.
         loss = COMMITMENT * (v - choice.vectors).pow(2) + rate_weight * (v - values) * choice.rate_gradient
         if book.learning == "loss":
-            loss = loss + (values - book.lookup(choice.index)).pow(2)
+            loss = loss + (values - book.lookup(choice.indices)).pow(2)
         penalty = loss.unflatten(1, (b, h * w)).sum((0, 2, 3))
         if book.training:
             book.update(values, choice, cell_level)
-        index = choice.index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
+        index = choice.indices.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
         return index, book.join(v + (choice.vectors - v).detach(), b, h, w), penalty

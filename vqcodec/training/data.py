@@ -1,21 +1,21 @@
-"""Training images: any folder of pictures, decoded once into an uncompressed cache, served as random crops."""
+"""Training images: folders of pictures, decoded once into an uncompressed cache, served as batches of random crops."""
 
 import hashlib
 import os
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from bitstream.errors import ImageError
 from vqcodec.image import read
 
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SHRINK = 2.0  # half of the crops show up to so many times the side of the others
+LOBES = 3.0  # of the Lanczos window that they are scaled with
+FLAT = 0.02  # share of the crops of which a part gets one colour: margins and backgrounds are rare in photographs
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -30,32 +30,45 @@ class Cache:
     """All images of a folder as uint8 RGB in one file, mapped into memory: crops cost no decoding.
 
     Made once: ``cache / KEY.bin`` with the pixels and ``KEY.npy`` with the shapes; KEY hashes paths, sizes and times.
+    An image that cannot be read is reported and left out, a cache that is damaged is made again.
     """
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, report: Callable[[str], None] = print) -> None:
         paths = find_images(folder)
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         data, index = cache / f"{key}.bin", cache / f"{key}.npy"
-        if not index.exists():
+        if not self._whole(data, index):
             cache.mkdir(parents=True, exist_ok=True)
-            self._build(paths, data, index)
+            self._build(paths, data, index, report)
         self.shapes = np.load(index)  # (images, 3): offset, height, width
         self.pixels = np.memmap(data, np.uint8, "r")
 
     @staticmethod
-    def _build(paths: list[Path], data: Path, index: Path) -> None:
+    def _whole(data: Path, index: Path) -> bool:
+        try:
+            shapes = np.load(index)
+            return bool(len(shapes)) and data.stat().st_size == int(shapes[-1, 0] + 3 * shapes[-1, 1] * shapes[-1, 2])
+        except (OSError, ValueError, EOFError, IndexError):
+            return False
+
+    @staticmethod
+    def _build(paths: list[Path], data: Path, index: Path, report: Callable[[str], None]) -> None:
         rows, offset = [], 0
         partial = data.with_suffix(f".{os.getpid()}")  # several processes may start at once
         with open(partial, "wb") as file:
             for path in paths:
                 try:
                     array = read(path).pixels
-                except ImageError as error:
-                    raise ImageError(f"{path}: {error}") from None
+                except (ImageError, OSError) as error:
+                    report(f"{path} is left out: {error}")
+                    continue
                 file.write(array.tobytes())
                 rows.append((offset, *array.shape[:2]))
                 offset += array.size
+        if not rows:
+            partial.unlink()
+            raise ImageError(f"{paths[0].parent}: no image there can be read")
         os.replace(partial, data)
         scratch = index.with_suffix(f".{os.getpid()}.npy")
         np.save(scratch, np.array(rows, np.int64))
@@ -69,34 +82,81 @@ class Cache:
         return self.pixels[offset : offset + h * w * 3].reshape(h, w, 3)
 
 
-class Crops(IterableDataset[Tensor]):
-    """An endless stream of square crops (3, size, size) in 0..1: random place, flip and scale (0.5..1 of the image,
-    half of the time), images drawn by the root of their area."""
+class Crops:
+    """Batches of random square crops: random place, flip and scale (down to a half, half of the time).
 
-    def __init__(self, cache: Cache, size: int, seed: int) -> None:
-        self.cache, self.size, self.seed = cache, size, seed
-        self.usable = [k for k in range(len(cache)) if min(cache.shapes[k, 1:]) >= size]
-        if not self.usable:
-            raise ImageError(f"no training image is as large as a crop, {size} x {size}: choose a smaller --crop")
-        # Between one image, one vote and one pixel, one vote: large photographs hold more, but not in proportion.
-        self.weights = [float(cache.shapes[k, 1] * cache.shapes[k, 2]) ** 0.5 for k in self.usable]
+    Within a folder images are drawn by the root of their area: large photographs hold more, but not in proportion. All
+    work is done on the device, where the pixels lie as uint8, in shapes that depend on no data: nothing waits for it.
+    """
 
-    def __iter__(self) -> Iterator[Tensor]:
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
-        while True:
-            yield self.crop(rng)
+    def __init__(self, folders: Sequence[tuple[Cache, float]], largest: int, device: torch.device) -> None:
+        """folders: each with its share of the crops. largest: side of the largest crops. Raises ImageError if no image
+        of a folder is as large."""
+        chances: list[np.ndarray] = []
+        shapes: list[np.ndarray] = []
+        lengths: list[int] = []
+        for cache, share in folders:
+            usable = cache.shapes[:, 1:].min(1) >= largest
+            if not usable.any():
+                raise ImageError(
+                    f"no training image is as large as a crop, {largest} x {largest}: choose a smaller --crop"
+                )
+            root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
+            chances.append(root / root.sum() * share)
+            shapes.append(cache.shapes + np.array([sum(lengths), 0, 0]))
+            lengths.append(len(cache.pixels))
+        self.chances = torch.from_numpy(np.concatenate(chances)).to(device)
+        self.shapes = torch.from_numpy(np.concatenate(shapes)).to(device)
+        self.pixels = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        for cache, part in zip((cache for cache, _ in folders), self.pixels.split(lengths), strict=True):
+            part.copy_(torch.tensor(np.asarray(cache.pixels)))
 
-    def crop(self, rng: random.Random) -> Tensor:
-        image = self.cache[rng.choices(self.usable, self.weights)[0]]
-        h, w = image.shape[:2]
-        scale = rng.uniform(max(0.5, self.size / min(h, w)), 1) if rng.random() < 0.5 else 1.0
-        side = min(round(self.size / scale), h, w)
-        y, x = rng.randint(0, h - side), rng.randint(0, w - side)
-        crop = image[y : y + side, x : x + side]
-        if side != self.size:
-            resized = Image.fromarray(crop).resize((self.size, self.size), Image.Resampling.LANCZOS)
-            crop = np.asarray(resized)
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        return torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
+    def draw(self, batch: int, size: int) -> Tensor:
+        """(batch, 3, size, size) in 0..1, channels last, by the device's random numbers."""
+        device = self.pixels.device
+        chosen = self.shapes[torch.multinomial(self.chances, batch, replacement=True)]
+        offset, sides = chosen[:, 0], chosen[:, 1:]
+        most = (sides.amin(1) / size).clamp(max=SHRINK)
+        scale = torch.where(uniform(batch, device) < 0.5, 1.0, 1 + (most - 1) * uniform(batch, device)).float()
+        span = (scale * size).floor().long()
+        corner = (torch.rand(batch, 2, device=device) * (sides - span[:, None] + 1)).long()
+        corner = torch.minimum(corner, sides - span[:, None])
+        # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
+        ahead = torch.arange(int(SHRINK * size), device=device)
+        rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
+        place = offset[:, None, None] + 3 * (rows[:, :, None] * sides[:, 1, None, None] + columns[:, None])
+        patch = self.pixels[place[..., None] + torch.arange(3, device=device)].float()
+        flip = uniform(batch, device) < 0.5
+        down, across = resampling(scale, span, size, torch.zeros_like(flip)), resampling(scale, span, size, flip)
+        small = torch.einsum("bir,brsc->bisc", down, patch)
+        x = torch.einsum("bjs,bisc->bcij", across, small).clamp_(0, 255).div_(255)
+        return self._with_flat_parts(x).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _with_flat_parts(x: Tensor) -> Tensor:
+        """A rectangle of some crops gets one colour, often black or white."""
+        batch, size, device = len(x), x.shape[-1], x.device
+        colour = (torch.rand(batch, 3, device=device) * 1.5 - 0.25).clamp_(0, 1)
+        grey = uniform(batch, device)[:, None].round()
+        colour = torch.where(uniform(batch, device)[:, None] < 0.5, grey, colour)[:, :, None, None]
+        ends = torch.rand(2, 2, batch, device=device).mul_(1.4).sub_(0.2).sort(1).values * size
+        at = torch.arange(size, device=device)
+        inside = [(at >= ends[c, 0, :, None]) & (at < ends[c, 1, :, None]) for c in (0, 1)]
+        flat = inside[0][:, None, :, None] & inside[1][:, None, None]
+        return torch.where(flat & (uniform(batch, device) < FLAT)[:, None, None, None], colour, x)
+
+
+def uniform(n: int, device: torch.device) -> Tensor:
+    return torch.rand(n, device=device)
+
+
+def resampling(scale: Tensor, span: Tensor, size: int, flip: Tensor) -> Tensor:
+    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: a windowed
+    sinc (Lanczos), exact copies where scale (B,) is 1. flip: (B,), from right to left."""
+    at = torch.arange(size, device=scale.device)
+    at = torch.where(flip[:, None], size - 1 - at, at)
+    source = torch.arange(int(SHRINK * size), device=scale.device)
+    centre = (at + 0.5) * scale[:, None] - 0.5
+    t = (source - centre[:, :, None]) / scale[:, None, None]
+    weight = torch.sinc(t) * torch.sinc(t / LOBES) * ((t.abs() < LOBES) & (source < span[:, None, None]))
+    return weight / weight.sum(-1, keepdim=True)

@@ -17,11 +17,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iterati
 def orthogonalise(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
     """Nearly the closest matrices with orthonormal rows or columns: singular values go to about 1.
 
-    matrices: (parts, m, n) each, with the same min(m, n). The iteration x <- (a + b g + c g^2) x, g = x x^T, changes x by a
-    factor from the left alone: it runs on the small g for all matrices at once, and meets x only at its two ends.
+    matrices: (parts, m, n) each, with the same min(m, n). The iteration x <- (a + b g + c g^2) x, g = x x^T, changes x
+    by a factor from the left alone: it runs on the small g for all matrices at once, and meets x only at its two ends.
     """
     a, b, c = NEWTON_SCHULZ
-    scaled = [x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7) for x in matrices]
+    # Eight bits are enough: the iteration reaches no more than about 1 anyway.
+    scaled = [(x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16() for x in matrices]
     g = torch.cat([x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT for x in scaled])
     identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     factor = identity.expand_as(g)

@@ -1,23 +1,29 @@
-"""Training: one loop for three stages, on one process or many.
+"""Training: one loop for four stages, on one process or many, on CPUs or GPUs.
 
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
 =========  ====================================  =================================
 vqvae      everything                            0 to 1 over the first steps
-prior      the priors, on the codes of a fixed   1
-           encoder
 joint      everything, from trained weights      1
+finish     the priors and the finest part of     1
+           the decoder, on the codes of a fixed
+           encoder: the last mile
+prior      the priors, on such codes             1
 =========  ====================================  =================================
 
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
-from the coarsest grid alone, so that the decoder can show a preview.
+from the coarsest grid alone, so that the decoder can show a preview. The last part of a run has larger crops, fewer in
+proportion; the first steps of a model from scratch see the two finest levels alone.
+
+A step waits for nothing that a GPU computes: what the log needs is added up there and read with each row.
 """
 
 import copy
 import json
 import math
 import os
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +36,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from bitstream.errors import WeightsError
 from vqcodec.models.vqvae import VQVAE, ModelConfig
@@ -38,13 +43,16 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
 from vqcodec.weights import load_weights, save_weights
 
-Stage = Literal["vqvae", "prior", "joint"]
+Stage = Literal["vqvae", "joint", "finish", "prior"]
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 WARM_UP = 300  # steps
-DECAY = 0.4  # the last part of the run, in which the learning rate falls to FLOOR of its value
-FLOOR = 0.02
+DECAY = 0.3  # the last part of the run, in which the learning rate falls to FLOOR of its value
+FLOOR = 0.001
 RAMP = (100, 700)  # steps between which the rate weight rises from 0 to 1
+FINEST = 0.06  # the first part of a run from scratch, which sees the two finest levels alone
+LATE = 0.75  # from here on crops are LARGER times as large
+LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 AVERAGE = 0.999  # EMA of the weights
@@ -53,7 +61,10 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """A training run. Exactly one of steps and hours says how long; ``batch`` is per process."""
+    """A training run. Exactly one of steps and hours says how long.
+
+    batch: crops per step and process. mix: further folders, each with its share of the crops.
+    """
 
     config: ModelConfig
     images: Path
@@ -65,6 +76,7 @@ class Run:
     crop: int = 256
     seed: int = 0
     start: Path | None = None
+    mix: tuple[tuple[Path, float], ...] = ()
     checkpoint_minutes: float = 5.0
     log_steps: int = 50
 
@@ -82,6 +94,28 @@ def rate_weight(stage: Stage, step: int, config: ModelConfig) -> float:
     return min(1.0, max(0.0, (step - low) / (high - low))) if stage == "vqvae" else 1.0
 
 
+def crops_at(run: Run, progress: float) -> tuple[int, int]:
+    """Number and side of the crops: about the same pixels in all steps."""
+    if progress < LATE:
+        return run.batch, run.crop
+    side = late_side(run)
+    return max(1, round(run.batch * run.crop**2 / side**2)), side
+
+
+def late_side(run: Run) -> int:
+    return int(LARGER * run.crop) // run.config.stride * run.config.stride
+
+
+def learns(name: str, model: VQVAE, stage: Stage) -> bool:
+    """Whether a parameter learns in a stage."""
+    if stage in ("vqvae", "joint"):
+        return True
+    finest = model.strides.index(model.config.grids[-1].stride)
+    last = [f"join.{model.config.grids[-1].stride}.", "pixels.", "tail."]
+    last += [f"synthesis.{k}." for k in range(finest + 1)] + [f"up.{k}." for k in range(finest)]
+    return name.startswith(("priors.", *last) if stage == "finish" else "priors.")
+
+
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
     hidden: dict[int, list[Tensor]] = {}
@@ -89,11 +123,12 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     edges = {id(p) for part in (model.stem, model.tail) for p in part.parameters()}
     # A prior's heads are matrices of their own, one for each group.
     parts = {
-        id(layer.weight): prior.groups for prior in model.priors for layer in (prior.flag_hidden, prior.hidden, prior.out)
+        id(layer.weight): prior.groups
+        for prior in model.priors
+        for layer in (prior.flag_hidden, prior.hidden, prior.out)
     }
     for name, p in model.named_parameters():
-        if stage == "prior":
-            p.requires_grad_(name.startswith("priors."))
+        p.requires_grad_(p.requires_grad and learns(name, model, stage))
         if not p.requires_grad:
             continue
         matrix = p.ndim >= 2 and name.endswith("weight") and id(p) not in edges
@@ -119,8 +154,7 @@ class Average:
         means, values = self.model.state_dict(), model.state_dict()
         # Codebooks are averages already, and a re-seeded code must not crawl to its place.
         books = [name for name in means if name.startswith("codebooks.")]
-        for name in books:
-            means.pop(name).copy_(values.pop(name))
+        torch._foreach_copy_([means.pop(name) for name in books], [values.pop(name) for name in books])
         torch._foreach_lerp_(list(means.values()), list(values.values()), 1 - decay)
 
 
@@ -146,9 +180,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def levels_for(batch: int, levels: int) -> Tensor:
-    """A level for each sample, every level as often as the batch allows: (batch,)."""
-    return torch.cat([torch.randperm(levels) for _ in range(-(-batch // levels))])[:batch]
+def levels_for(batch: int, low: int, high: int, device: torch.device | None = None) -> Tensor:
+    """A level of low .. high - 1 for each sample, every level as often as the batch allows: (batch,)."""
+    rounds = -(-batch // (high - low))
+    order = torch.rand(rounds, high - low, device=device).argsort(1)
+    return low + order.flatten()[:batch]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -157,16 +193,69 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(scratch, path)
 
 
+def load_checkpoint(path: Path, identity: str, device: torch.device) -> dict[str, Any]:
+    """The state of a run. Raises WeightsError for a damaged file or another run's."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        same = state["run"] == identity
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+        raise WeightsError(f"{path} is damaged or no checkpoint: remove it to start anew") from None
+    if not same:
+        raise WeightsError(f"{path} belongs to a run of another configuration or stage: choose another folder")
+    return state
+
+
+class Sums:
+    """What the rows of the log are made of, on the device, by level: weighted loss, squared error, bits per pixel, and
+    the numbers of samples that they are of."""
+
+    def __init__(self, levels: int, device: torch.device) -> None:
+        self.loss, self.steps = torch.zeros((), device=device), 0
+        self.table = torch.zeros(4, levels, device=device)
+
+    def add(self, loss: Tensor, level: Tensor, whole: Tensor, mse: Tensor, bpp: Tensor) -> None:
+        """whole: (B,) 1 for samples with all grids, 0 for others; bpp: of the first samples."""
+        self.loss += loss.detach()
+        self.steps += 1
+        coded = level[: len(bpp)]
+        rows = ((level, mse * whole), (level, whole), (coded, bpp), (coded, torch.ones_like(bpp)))
+        for row, (at, values) in zip(self.table, rows, strict=True):
+            row.index_add_(0, at, values.detach().float())
+
+    def row(self) -> dict[str, Any]:
+        """Means since the last row, of all and by level. Raises FloatingPointError if the loss is not finite."""
+        loss = self.loss.item() / self.steps
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}: lower the learning rate")
+        mse, samples, bpp, coded = self.table.tolist()
+
+        def ratio(a: list[float], b: list[float]) -> list[float | None]:
+            return [x / n if n else None for x, n in zip(a, b, strict=True)]
+
+        def decibel(value: float | None) -> float | None:
+            return None if value is None else round(-10 * math.log10(max(value, 1e-10)), 2)
+
+        return {
+            "loss": round(loss, 4),
+            "psnr": decibel(sum(mse) / max(sum(samples), 1)),
+            "bpp": round(sum(bpp) / sum(coded), 4),
+            "level_psnr": [decibel(value) for value in ratio(mse, samples)],
+            "level_bpp": [None if value is None else round(value, 4) for value in ratio(bpp, coded)],
+        }
+
+
 def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     """Train and return the averaged model.
 
     Writes to ``run.output``: ``checkpoint.pt`` (to resume from: same command), ``log.jsonl`` (loss, PSNR, bits per
     pixel, codebook use) and, at the end, ``model.safetensors``; beside it, in ``cache``, the decoded images.
-    Raises FileNotFoundError without images, ImageError if one is damaged or none is as large as a crop, WeightsError
-    for weights or a checkpoint that do not fit.
+    Raises FileNotFoundError without images, ImageError if none can be read or is as large as a crop, WeightsError for
+    weights or a checkpoint that do not fit, ValueError for a crop that is not whole cells.
     """
     if (run.steps is None) == (run.hours is None):
         raise ValueError("a run needs either steps or hours")
+    if run.crop % run.config.stride:
+        raise ValueError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
     with processes() as (rank, size, device):
         seed_everything(run.seed)
         model = (load_weights(run.start) if run.start else VQVAE(run.config)).to(device)
@@ -175,8 +264,8 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         model.requires_grad_(True)
         for book in model.codebooks:
             book.vectors.requires_grad_(book.learning == "loss")
-        if run.stage == "prior":
-            model.eval().priors.train()  # the codebooks stay as they are
+        if run.stage in ("finish", "prior"):
+            model.codebooks.eval()  # they stay as they are
         optims = optimizers(model, run.stage)
         base = [group["lr"] for optim in optims for group in optim.param_groups]
         average, step, elapsed = Average(model), 0, 0.0
@@ -184,11 +273,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         checkpoint, log = run.output / "checkpoint.pt", run.output / "log.jsonl"
         identity = json.dumps({"stage": run.stage, **asdict(model.config)})
         if checkpoint.exists():
-            state = torch.load(checkpoint, map_location=device, weights_only=True)
-            if state["run"] != identity:
-                raise WeightsError(
-                    f"{checkpoint} belongs to a run of another configuration or stage: choose another folder"
-                )
+            state = load_checkpoint(checkpoint, identity, device)
             model.load_state_dict(state["model"])
             average.model.load_state_dict(state["average"])
             for optim, saved in zip(optims, state["optimizers"], strict=True):
@@ -197,21 +282,14 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             forget_rows(log, step)
             report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
-        if rank == 0:
-            Cache(run.images, run.output.parent / "cache")
-        if size > 1:
-            dist.barrier()
-        cache = Cache(run.images, run.output.parent / "cache")
-        loader = DataLoader(
-            Crops(cache, run.crop, run.seed + size * step + rank), run.batch, num_workers=1, prefetch_factor=4
-        )
-        network: nn.Module = model
-        if size > 1:
-            network = DistributedDataParallel(model, broadcast_buffers=False)
+        crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
+        network = wrapped(model, size, device)
         lambdas, weights = torch.tensor(config.lambdas, device=device), sample_weights(config).to(device)
+        # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
+        scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         started = saved_at = time.monotonic()
-        sums: list[tuple[float, float, float]] = []
-        for x in loader:
+        sums = Sums(config.levels, device)
+        while True:
             spent = elapsed + time.monotonic() - started
             progress = step / run.steps if run.steps is not None else spent / 3600 / (run.hours or 1.0)
             if size > 1:  # processes agree on when to stop
@@ -223,20 +301,17 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             factor = learning_rate(progress, step)
             for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
-            x = x.to(device).contiguous(memory_format=torch.channels_last)
-            level = levels_for(len(x), config.levels).to(device)
+            x = crops.draw(*crops_at(run, progress))
+            first = config.levels - 2 if run.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
+            level = levels_for(len(x), first, config.levels, device)
             dropped = torch.rand(len(x), device=device) < DROPPED
             with torch.autocast(device.type, torch.bfloat16):
                 out = network(x, level, rate_weight(run.stage, step, config), dropped)
             mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
-            # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
-            scale = lambdas[level] * 255**2 if config.rate_constrained else 1.0
-            distortion = scale * mse * torch.where(dropped, DROPPED_WEIGHT, 1.0)
+            distortion = scales[level] * mse * torch.where(dropped, DROPPED_WEIGHT, 1.0)
             loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
             loss = loss + (weights[level[: len(bpp)]] * bpp).mean()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
             for optim in optims:
                 optim.zero_grad()
             loss.backward()
@@ -245,23 +320,45 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                 optim.step()
             average.update(model, step)
             step += 1
-            whole = mse[~dropped] if not dropped.all() else mse
-            sums.append((loss.item(), whole.mean().item(), bpp.mean().item()))
-            if step % run.log_steps == 0:
+            sums.add(loss, level, (~dropped).float(), mse, bpp)
+            if step % run.log_steps == 0 or step == 1:
+                row = {"step": step, "hours": round(spent / 3600, 3), **sums.row(), "perplexity": perplexity(model)}
+                sums = Sums(config.levels, device)
                 if rank == 0:
-                    row = summary(model, step, spent, sums, mse, bpp, level)
                     with open(log, "a") as file:
                         file.write(json.dumps(row) + "\n")
                     report(" ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, list)))
-                sums = []
             if rank == 0 and time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
                 saved_at = time.monotonic()
                 save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
+                save_weights(average.model, run.output / "model.safetensors")
         if rank == 0:
             spent = elapsed + time.monotonic() - started
             save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
             save_weights(average.model, run.output / "model.safetensors")
     return average.model
+
+
+def folders(run: Run, rank: int, size: int, report: Callable[[str], None]) -> list[tuple[Cache, float]]:
+    """The images of a run with their shares of the crops; the first process decodes them, the others wait."""
+    shares = [(run.images, 1 - sum(share for _, share in run.mix)), *run.mix]
+    place = run.output.parent / "cache"
+    if rank == 0:
+        for folder, _ in shares:
+            Cache(folder, place, report)
+    if size > 1:
+        dist.barrier()
+    return [(Cache(folder, place), share) for folder, share in shares]
+
+
+def wrapped(model: VQVAE, size: int, device: torch.device) -> nn.Module:
+    """The model as the loop calls it: compiled on a GPU, shared among processes."""
+    network: nn.Module = model
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        network = torch.compile(model)  # type: ignore[assignment]
+    return DistributedDataParallel(network, broadcast_buffers=False) if size > 1 else network
 
 
 def state_of(
@@ -284,30 +381,9 @@ def forget_rows(log: Path, step: int) -> None:
         log.write_text("".join(rows))
 
 
-def summary(
-    model: VQVAE,
-    step: int,
-    spent: float,
-    sums: list[tuple[float, float, float]],
-    mse: Tensor,
-    bpp: Tensor,
-    level: Tensor,
-) -> dict[str, Any]:
-    """A row of the log: means since the last row, the last batch by level (the first half of it for the bits), codes in
-    use per grid."""
-    used = [round(2 ** float(perplexity_bits(book.count)), 1) for book in model.codebooks]
-    order = level.argsort()
-    loss, mean_mse, mean_bpp = (sum(column) / len(column) for column in zip(*sums, strict=True))
-    return {
-        "step": step,
-        "hours": round(spent / 3600, 3),
-        "loss": round(loss, 4),
-        "psnr": round(-10 * math.log10(mean_mse), 2),
-        "bpp": round(mean_bpp, 4),
-        "perplexity": ",".join(map(str, used)),
-        "level_psnr": [round(v, 2) for v in (-10 * mse[order].log10()).tolist()],
-        "level_bpp": [round(v, 3) for v in bpp[level[: len(bpp)].argsort()].tolist()],
-    }
+def perplexity(model: VQVAE) -> str:
+    """Codes in use, mean over the groups of each grid: 2 to the entropy of their use."""
+    return ",".join(f"{2 ** float(perplexity_bits(book.count)):.1f}" for book in model.codebooks)
 
 
 def perplexity_bits(count: Tensor) -> Tensor:
