@@ -129,33 +129,44 @@ class Rows(NamedTuple):
 
 def rows_of(mask: Tensor) -> Rows:
     """The pairs where the mask (M, cells) is set; on a GPU, which is not waited for, at most ``CAPACITY`` of all."""
-    ends = mask.sum(1).cumsum(0)
-    if mask.device.type == "cpu":
-        return Rows(mask.flatten().nonzero()[:, 0], ends.int())
-    size = int(mask.numel() * CAPACITY)
+    if mask.device.type != "cpu":
+        return fixed_rows_of(mask, int(mask.numel() * CAPACITY))
+    return Rows(mask.flatten().nonzero()[:, 0], mask.sum(1).cumsum(0).int())
+
+
+def fixed_rows_of(mask: Tensor, size: int) -> Rows:
+    """The first pairs where the mask is set, and padding: ``size`` rows, whatever the mask."""
     place = torch.nonzero_static(mask.flatten(), size=size, fill_value=mask.numel())[:, 0]
-    return Rows(place, F.pad(ends[:-1].clamp(max=size), (0, 1), value=size).int())
+    ends = mask.sum(1).cumsum(0)[:-1].clamp(max=size)
+    return Rows(place, F.pad(ends, (0, 1), value=size).int())
 
 
 class _Grouped(torch.autograd.Function):
     """Rows of each group times its own matrix, on a CPU, where ``F.grouped_mm`` has no fast backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, ends)
+        ctx.biased = bias is not None
         out = x.new_empty(len(x), weight.shape[1])
-        for rows, matrix in zip(_spans(ends), weight, strict=True):
-            torch.mm(x[rows], matrix.t(), out=out[rows])
+        for g, rows in enumerate(_spans(ends)):
+            if bias is None:
+                torch.mm(x[rows], weight[g].t(), out=out[rows])
+            else:
+                torch.addmm(bias[g], x[rows], weight[g].t(), out=out[rows])
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
         to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
-        for rows, matrix, target in zip(_spans(ends), weight, to_weight, strict=True):
-            torch.mm(gradient[rows], matrix, out=to_x[rows])
-            torch.mm(gradient[rows].t(), x[rows], out=target)
-        return to_x, to_weight, None
+        to_bias = weight.new_empty(weight.shape[:2]) if ctx.biased else None
+        for g, rows in enumerate(_spans(ends)):
+            torch.mm(gradient[rows], weight[g], out=to_x[rows])
+            torch.mm(gradient[rows].t(), x[rows], out=to_weight[g])
+            if to_bias is not None:
+                to_bias[g] = gradient[rows].sum(0)
+        return to_x, to_weight, to_bias, None
 
 
 def _spans(ends: Tensor) -> list[slice]:
@@ -163,11 +174,13 @@ def _spans(ends: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
 
 
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows x (n, in), of groups that end at ``ends``, times their group's weight (M, out, in): (n, out)."""
+def grouped(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None, cells: int = 1) -> Tensor:
+    """Each row of x (n, in) times the weight of its group, (M, out, in), plus its bias, (M, out): (n, out)."""
     if x.device.type == "cpu":
-        return _Grouped.apply(x, weight.to(x.dtype), ends)
-    return F.grouped_mm(x, weight.to(x.dtype).mT, offs=ends)
+        x = dyadic.wide(x)  # narrow products prepare themselves anew for every number of rows
+        return _Grouped.apply(x, weight, bias, rows.ends)
+    out = F.grouped_mm(x, weight.to(x.dtype).mT, offs=rows.ends)
+    return out if bias is None else out + per_row(bias, rows, cells).to(x.dtype)
 
 
 class PixelSNAIL(nn.Module):
@@ -224,12 +237,14 @@ class PixelSNAIL(nn.Module):
 
     def logits(self, known: Tensor, level: Tensor, rows: Rows) -> Tensor:
         """Logits (n, N) of the outcomes of some rows; known: as ``forward`` returns it."""
-        sums = self.hidden.at(level)(known).view(-1, self.config.hidden)  # rows cell by cell, (cells * M, H)
-        cells = known[..., 0].numel()
-        x = dyadic.relu(take(sums, rows.place % cells * self.groups + rows.place // cells))
+        cells, per_sample = known[..., 0].numel(), known[0, ..., 0].numel()
+        group, cell = (rows.place // cells).clamp(max=self.groups - 1), rows.place % cells
+        weight, bias = self.hidden.on_grid()
+        sums = F.linear(known, weight).view(-1, self.config.hidden)  # cell by cell, (cells * M, H)
+        shift = bias.view(-1, self.config.hidden)[level[cell // per_sample] * self.groups + group]
+        x = dyadic.relu(sums.index_select(0, cell * self.groups + group) + shift.to(sums.dtype))
         weight, bias = self.out.on_grid()
-        out = grouped(x, weight.unflatten(0, (self.groups, -1)), rows.ends)
-        return out + per_row(bias.view(self.groups, -1), rows, cells).to(out.dtype)
+        return grouped(x, weight.unflatten(0, (self.groups, -1)), rows, bias.view(self.groups, -1), cells)
 
 
 def take(x: Tensor, place: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Codebook(nn.Module):
     ) -> None:
         super().__init__()
         if codes + 1 + escape * LATTICE_SIZE**dim > 2**16:
-            raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: more than 2^16 indices")
+            raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: an index is below 65536")
         self.groups, self.codes, self.dim, self.escape, self.learning = groups, codes, dim, escape, learning
         self.outcomes = codes + escape  # of an index that is not null
         self.updates, self.started = 0, False
@@ -145,37 +145,40 @@ class Codebook(nn.Module):
         flat, cells = z.flatten(0, 1), z.shape[1]
         rows = rows_of(z.pow(2).sum(-1) + weight * null > weight * active)
         x, e = take(flat, rows.place), self.vectors.detach()
-        log2_p = logits(rows).float()
-        bits = take(active.flatten(), rows.place) + (log2_p * LN2).logsumexp(1) / LN2  # of an outcome, plus log2_p
-        if self.escape:
-            log2_p[:, -1] -= self.dim * math.log2(LATTICE_SIZE)
-            half = LATTICE_SIZE // 2
-            point = (x / LATTICE_STEP).round_().clamp_(-half, half - 1)
-        bits_null = take(null.flatten(), rows.place)
-        # Costs are less |z|^2 and in the first place minus the cost, because a softmax follows.
+        log_p = torch.log_softmax(logits(rows).float().mul_(LN2), 1)
+        null, active = take(null.flatten(), rows.place), take(active.flatten(), rows.place)
+        # Minus the costs, because a softmax follows, up to a constant of each row: |z|^2 and the bits of the flag.
+        merit_null = weight * (active - null)
         merit = nearness(x, e, rows, cells)
         if self.escape:
+            half = LATTICE_SIZE // 2
+            point = (x / LATTICE_STEP).round_().clamp_(-half, half - 1)
             far = (x - LATTICE_STEP * point).pow(2).sum(-1) - x.pow(2).sum(-1)
             merit = torch.cat([merit, -far[:, None]], 1)
-        merit.add_(log2_p, alpha=weight).sub_(weight * bits[:, None])
-        merit_null = -weight * bits_null
+            log_p[:, -1] -= self.dim * math.log(LATTICE_SIZE)
+        merit.add_(log_p, alpha=weight / LN2)
         best = argmax(merit)
-        won = merit.gather(1, best[:, None])[:, 0] > merit_null
-        index = torch.where(won, best + 1, 0)
+        most = merit.gather(1, best[:, None])[:, 0]
+        index = torch.where(most > merit_null, best + 1, 0)
         if self.escape:
             number = ((point.long() + half) * self._powers(z.device)).sum(-1)
             index = torch.where(index > self.codes, self.codes + 1 + number, index)
         chosen = put(index, rows, self.groups, cells)
         rate = torch.zeros_like(z)
         if gradient:
-            q = torch.softmax(torch.cat([merit, merit_null[:, None]], 1), 1)
-            q_null, q = q[:, -1], q[:, :-1].contiguous()
-            weighted = log2_p.mul_(q)
-            mean = q_null * bits_null + (1 - q_null) * bits - weighted.sum(1)
-            both = F.pad(e, (0, 0, 0, self.outcomes - self.codes)).mT
-            g = (bits - mean)[:, None] * grouped(q, both, rows.ends) - grouped(weighted, both, rows.ends)
+            q = torch.softmax(merit, 1)  # of the outcomes, if not null
+            p = torch.sigmoid(most - q.gather(1, best[:, None])[:, 0].log() - merit_null)  # of not null
+            # Means over q of e, of log_p and of both: e has a last column of ones.
+            both = F.pad(F.pad(e, (0, 1), value=1.0), (0, 0, 0, self.outcomes - self.codes)).mT
+            mean_e = grouped(q, both, rows, cells=cells)[:, :-1]
+            weighted = grouped(log_p.mul_(q), both, rows, cells=cells)
+            mean_e_log_p, mean_log_p = weighted[:, :-1], weighted[:, -1]
             if self.escape:
-                g += (q[:, -1] * (bits - mean) - weighted[:, -1])[:, None] * point * LATTICE_STEP
+                mean_e = mean_e + q[:, -1:] * point * LATTICE_STEP
+                mean_e_log_p = mean_e_log_p + log_p[:, -1:] * point * LATTICE_STEP
+                mean_log_p = mean_log_p + log_p[:, -1]
+            bits = (1 - p) * null + p * (active - mean_log_p / LN2)
+            g = p[:, None] * ((active - bits)[:, None] * mean_e - mean_e_log_p / LN2)
             rate = put(2 * g, rows, self.groups, cells)
         return Choice(chosen, self.lookup(chosen), rate)
 
@@ -244,7 +247,7 @@ def nearness(x: Tensor, vectors: Tensor, rows: Rows, cells: int) -> Tensor:
     """|x|^2 - |x - e|^2 of rows x (n, d) and their groups' codes, vectors (M, K, d): (n, K), float32."""
     if x.device.type == "cpu":
         e = torch.cat([2 * vectors, -vectors.pow(2).sum(-1, keepdim=True)], -1)
-        return grouped(F.pad(x, (0, 1), value=1.0), e, rows.ends)
+        return grouped(F.pad(x, (0, 1), value=1.0), e, rows)
     # Products on a GPU are too coarse for this, and of so few channels not faster.
     e = per_row(vectors, rows, cells)
     return (x[:, None] * e).mul_(2).sum(-1) - e.pow(2).sum(-1)

@@ -19,10 +19,10 @@ def orthogonalise(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
 
     matrices: (parts, m, n) each, with the same min(m, n). The iteration x <- (a + b g + c g^2) x, g = x x^T, changes x
     by a factor from the left alone: it runs on the small g for all matrices at once, and meets x only at its two ends.
+    In bfloat16 rounding makes eigenvalues of g negative, and they diverge.
     """
     a, b, c = NEWTON_SCHULZ
-    # Eight bits are enough: the iteration reaches no more than about 1 anyway.
-    scaled = [(x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16() for x in matrices]
+    scaled = [x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7) for x in matrices]
     g = torch.cat([x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT for x in scaled])
     identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     factor = identity.expand_as(g)
