@@ -18,8 +18,10 @@ TINY = ModelConfig(
     channels=(16, 24, 24),
     blocks=1,
     grids=(
-        GridConfig(16, groups=2, dim=2, codes=16, prior=PriorConfig(16, blocks=2, hidden=16, heads=2, head_channels=8)),
-        GridConfig(8, groups=3, dim=3, codes=32, prior=PriorConfig(16, blocks=2, hidden=16)),
+        GridConfig(
+            16, 2, 2, codes=15, prior=PriorConfig(16, 2, flags=4, hidden=16, heads=2, head_channels=8), escape=True
+        ),
+        GridConfig(8, 6, 2, codes=31, prior=PriorConfig(16, 2, flags=4, hidden=16), escape=True),
     ),
     linear_path=True,
 )
