@@ -14,12 +14,24 @@ from tiny_model import TINY, WEIGHTS
 
 from bitstream.errors import WeightsError
 from vqcodec.models.pixelsnail import rows_of
+from vqcodec.models.quantizer import REBIRTHS
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.quality import CONFIGS, PRODUCT
 from vqcodec.training import trainer
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
-from vqcodec.training.trainer import Run, Stage, crops_at, learning_rate, levels_for, rate_weight, train
+from vqcodec.training.trainer import (
+    Average,
+    Run,
+    Stage,
+    Sums,
+    crops_at,
+    learning_rate,
+    levels_for,
+    optimizers,
+    rate_weight,
+    train,
+)
 from vqcodec.weights import load_weights, to_file
 
 
@@ -231,6 +243,32 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
         (tmp_path / "r" / "checkpoint.pt").write_bytes(content)
         with pytest.raises(WeightsError, match="damaged or no checkpoint"):
             train(run(images, tmp_path / "r"), quiet)
+
+
+def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where nothing has a value: who asks for one fails, as does who needs a shape from it."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know the device
+    meta = torch.device("meta")
+    model = VQVAE(TINY).to(meta).train()
+    for book in model.codebooks:
+        book.vectors.requires_grad_(False)
+        book.started = True
+    crops = Crops.__new__(Crops)
+    crops.pixels, crops.shapes, crops.chances = (
+        torch.zeros(size, dtype=kind, device=meta)
+        for size, kind in ((10**5, torch.uint8), ((3, 3), torch.long), (3, torch.double))
+    )
+    optims, average, sums = optimizers(model, "joint"), Average(model), Sums(TINY.levels, meta)
+    for step in range(REBIRTHS + 1):
+        x, level = crops.draw(4, 64), levels_for(4, 0, TINY.levels, meta)
+        dropped = torch.rand(4, device=meta) < 0.1
+        out = model(x, level, 1.0, dropped)
+        (out.x_hat.sum() + out.bits.sum() + out.penalty.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+        average.update(model, step)
+        sums.add(out.x_hat.sum(), level, (~dropped).float(), out.penalty, out.bits.sum(0))
 
 
 def test_a_crop_of_half_cells_is_refused(images: Path, tmp_path: Path) -> None:

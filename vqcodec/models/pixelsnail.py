@@ -177,10 +177,12 @@ def _spans(ends: Tensor) -> list[slice]:
 def grouped(x: Tensor, weight: Tensor, rows: Rows, bias: Tensor | None = None, cells: int = 1) -> Tensor:
     """Each row of x (n, in) times the weight of its group, (M, out, in), plus its bias, (M, out): (n, out)."""
     if x.device.type == "cpu":
-        x = dyadic.wide(x)  # narrow products prepare themselves anew for every number of rows
-        return _Grouped.apply(x, weight, bias, rows.ends)
-    out = F.grouped_mm(x, weight.to(x.dtype).mT, offs=rows.ends)
-    return out if bias is None else out + per_row(bias, rows, cells).to(x.dtype)
+        # In float32, because narrow products prepare themselves anew for every number of rows.
+        return _Grouped.apply(dyadic.wide(x), weight, bias, rows.ends)
+    size = weight.shape[1]
+    weight = F.pad(weight, (0, 0, 0, -size % 8)).bfloat16()  # whole 16 bytes
+    out = F.grouped_mm(x.bfloat16(), weight.mT, offs=rows.ends)[:, :size]
+    return out if bias is None else out + per_row(bias, rows, cells).to(out.dtype)
 
 
 class PixelSNAIL(nn.Module):

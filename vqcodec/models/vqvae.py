@@ -261,6 +261,19 @@ class VQVAE(nn.Module):
         ratio = self.config.stride // grid.stride
         return book.vectors.new_zeros(b, grid.groups * grid.dim, h * ratio, w * ratio)
 
+    def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
+        """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
+        book, stack = self.codebooks[k - 1], self.priors[k].condition
+        assert stack is not None
+        b, _, h, w = indices.shape
+        return stack(book.activations(book.lookup(indices.transpose(0, 1).flatten(1)), b, h, w), level)
+
+    def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float) -> Tensor:
+        """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes, without the prior."""
+        b, _, h, w = z.shape
+        index = self.codebooks[k].guess(self.codebooks[k].split(z), level.repeat_interleave(h * w), rate_weight)
+        return index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
+
     def forward(self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
@@ -316,9 +329,8 @@ class VQVAE(nn.Module):
         values, cell_level = v.detach(), level.repeat_interleave(h * w)
         if book.training and not book.initialised:
             book.initialise(values)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            guess = book.guess(values, cell_level, rate_weight)
         with torch.no_grad():
+            guess = book.guess(values, cell_level, rate_weight)
             flags, known = prior(book.activations(book.lookup(guess), b, h, w), level, condition)
             null, active = flag_bits(flags)
             choice = book.choose(
