@@ -274,7 +274,7 @@ def table(result: dict[str, Any]) -> str:
     for metric, found in result["bd_rate"].items():
         ranges = covered(found)
         heads = "".join(f"{r:>11}" for r in ranges)
-        lines.append(f"  by {SCALES[metric].title:<66}{heads}")
+        lines.append(f"  by {SCALES[metric].title:<65}{heads}")
         for name, bd in found.items():
             percent = _number(bd["percent"], "+.2f")
             about = bd["reason"] or f"{bd['low']:.2f} to {bd['high']:.2f} {SCALES[metric].unit}"

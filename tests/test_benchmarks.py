@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -325,6 +326,28 @@ def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, mo
     Image.fromarray(pixels[:, ::-1]).save(folder / "a.png")  # another picture of the same name
     rd.run(folder, output, **options)
     assert measured.count("jpeg") == len(jpeg_qualities)
+
+
+def test_the_table_has_a_column_for_each_range_of_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rd, "METRICS", {"psnr": psnr})
+    means = [
+        {"codec": "vq2", "quality": k, "bpp": b / 2, "psnr": s} for k, (b, s) in enumerate(zip(*CURVE, strict=True))
+    ]
+    means += [{"codec": "jpeg", "quality": k, "bpp": b, "psnr": s} for k, (b, s) in enumerate(zip(*CURVE, strict=True))]
+    result = {"codecs": {"vq2": "", "jpeg": ""}, "means": means}
+    result |= rd.compare(rd.all_curves(result), means)
+    corpus = {"folder": "photos", "images": 1, "skipped": {}}
+    about = {"date": "", "cpu": "", "cores": 2, "packages": {"torch": ""}, "commit": "", "model": "", "fingerprint": ""}
+    lines = rd.table({**result, "corpus": corpus, "machine": about, "skipped": {}}).splitlines()
+    (head,) = (line for line in lines if "by PSNR-RGB" in line)
+    (row,) = (line for line in lines if "against jpeg" in line)
+    assert head.split()[2:5] == ["28", "to", "30"]
+    assert row.split() == ["against", "jpeg", "-50.00", "%", "28.00", "to", "39.00", "dB", *["-50.0"] * 6]
+    ends = [
+        [match.end() for match in re.finditer(pattern, line)]
+        for pattern, line in ((r"to \d+", head), ("-50.0(?!0)", row))
+    ]
+    assert ends[0] == ends[1]
 
 
 def test_an_image_that_a_rival_cannot_hold_is_named_and_skipped(tmp_path: Path) -> None:
