@@ -106,7 +106,7 @@ def jxl() -> Rival:
         raise MissingError("there is no package pillow-jxl-plugin here") from None
     plugin.DECODE_THREADS = 0  # none but the caller's, in decoding too: times are of one thread
     library = f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
-    # Effort 9 takes six times as long for the same PSNR at equal size: it is spent on what the eye sees.
+    # Effort 9 takes four to six times as long, and on three photographs needed 1 % more by PSNR, 4 % by SSIMULACRA 2.
     options = {"effort": 7, "num_threads": 0}
     qualities = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95)
     return _pillow("jxl", "JXL", library, qualities, options)
