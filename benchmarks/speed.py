@@ -26,7 +26,7 @@ from vqcodec.image import read
 from vqcodec.models import refine
 
 DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
-DEFAULT_RIVALS = ("jpeg", "webp", "avif-420", "jxl", "jpeg2000")
+DEFAULT_RIVALS = ("jpeg", "webp", "avif-420-psnr", "jxl", "jpeg2000")
 
 # The functions that vqcodec/codec.py calls for each stage, as (owner, name).
 STAGES: dict[str, list[tuple[Any, str]]] = {
