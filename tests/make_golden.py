@@ -29,7 +29,7 @@ def pictures() -> dict[str, tuple[Picture, float]]:
     alpha = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     margin = pixels[:40, :48].copy()
-    margin[:, 16:] = 255
+    margin[8:] = 255
     metadata = b"an ICC profile", b"MM\0*\0\0\0\x08\0\0", b"<x:xmpmeta/>"
     return {
         "one-pixel": (Picture(pixels[:1, :1], ColourMode.RGB), 2),

@@ -107,14 +107,25 @@ def test_blocks_here_and_there_are_not_worth_their_bytes() -> None:
 
 
 def test_of_too_many_colours_the_most_frequent_are_kept() -> None:
-    colours = np.repeat(np.arange(300), 12)
-    colours = np.repeat(np.concatenate([colours, [299] * 12]), flat.BLOCK)
+    colours = np.repeat(np.arange(300), 20)
+    colours = np.repeat(np.concatenate([colours, [299] * 20]), flat.BLOCK)
     pixels = np.zeros((flat.BLOCK, len(colours), 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = colours % 256, colours // 256
     content = flat.find(pixels)
     assert content is not None and content[0] == 255 and content[1:4] == bytes([299 % 256, 1, 0])
     out = pasted(np.full_like(pixels, 9), content)
-    assert (out == pixels).all(2).sum() == 64 * (24 + 254 * 12)
+    assert (out == pixels).all(2).sum() == 64 * (40 + 254 * 20)
+
+
+def test_rare_colours_are_left_out_where_they_are_not_worth_it() -> None:
+    rng = np.random.default_rng(0)
+    scattered = rng.integers(0, 60, (32, 32), np.uint8)  # some 8 blocks of each of 60 colours, and as much white
+    scattered[:16] = 255
+    pixels = np.repeat(np.kron(scattered, np.ones((8, 8), np.uint8))[..., None], 3, axis=2)
+    content = flat.find(pixels)
+    assert content is not None and 0 < content[0] < 60 and content[1] == 255
+    numbers = zlib.decompress(content[1 + 3 * content[0] :], -15)
+    assert len(content) <= 8 + (len(numbers) - numbers.count(0)) / 2
 
 
 def test_strips_give_the_picture_that_one_piece_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +200,7 @@ def test_margins_come_back_exactly_at_every_quality(codec: Codec, effort: int) -
 
 
 def test_one_colour_comes_back_exactly(codec: Codec) -> None:
-    for size in ((24, 24), (50, 33), (100, 7)):
+    for size in ((16, 16), (50, 33), (200, 7)):
         for colour in ((255, 255, 255), (0, 0, 0), (237, 28, 36), (0, 102, 204)):
             pixels = np.broadcast_to(np.array(colour, np.uint8), (*size, 3))
             assert (np.asarray(codec.decode(codec.encode(pixels, 1))) == colour).all()

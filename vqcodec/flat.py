@@ -14,15 +14,19 @@ Bytes = NDArray[np.uint8]
 
 BLOCK = 8
 MAX_COLOURS = 255
-# In photographs a few blocks are flat by chance, or clipped: each costs 2 bytes and more there, but a quarter of one
-# in pages and screens. So colours of fewer blocks are left out, and a chunk of more bytes than blocks altogether.
-LEAST_BLOCKS = 4
+# What is worth it: a block costs 0.5 to 3 bits in pages and screens, but 5 bits and more where colours are many and
+# scattered, and in photographs, where a few blocks are clipped or flat by chance.
+LEAST_BLOCKS = 4  # of a colour
+FIRST_BYTES, MOST_BITS = 8, 4  # what a picture of one colour takes at least, and then for each block
 FADE = 4  # pixels from a flat block to where nothing of its correction is left
 STRIP = 16 * BLOCK
 
 
 def find(pixels: Bytes) -> bytes | None:
-    """The content of a flat chunk for a picture (H, W, C), C planes coded; None if it is not worth its bytes."""
+    """The content of a flat chunk for a picture (H, W, C), C planes coded; None if there is none worth its bytes.
+
+    The most frequent colours, as many as are worth it: half of them again and again are left out.
+    """
     firsts = pixels[::BLOCK, ::BLOCK]  # no block lacks its first pixel
     height, width, planes = pixels.shape
     equal = (pixels == _spread(firsts, height, width)).all(2)
@@ -32,14 +36,19 @@ def find(pixels: Bytes) -> bytes | None:
     found, which, counts = np.unique(packed[equal], return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:MAX_COLOURS]
     kept = order[counts[order] >= LEAST_BLOCKS]
-    number_of = np.zeros(len(found), np.uint8)
-    number_of[kept] = np.arange(1, len(kept) + 1)
-    numbers = np.zeros(equal.shape, np.uint8)
-    numbers[equal] = number_of[which]
-    colours = found[kept].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :planes]
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
-    content = b"".join([bytes([len(kept)]), colours.tobytes(), deflate.compress(numbers.tobytes()), deflate.flush()])
-    return content if len(content) <= np.count_nonzero(numbers) else None
+    while len(kept):
+        number_of = np.zeros(len(found), np.uint8)
+        number_of[kept] = np.arange(1, len(kept) + 1)
+        numbers = np.zeros(equal.shape, np.uint8)
+        numbers[equal] = number_of[which]
+        colours = found[kept].astype("<u4").view(np.uint8).reshape(-1, 4)[:, :planes]
+        deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
+        stream = deflate.compress(numbers.tobytes()) + deflate.flush()
+        content = bytes([len(kept)]) + colours.tobytes() + stream
+        if 8 * (len(content) - FIRST_BYTES) <= MOST_BITS * counts[kept].sum():
+            return content
+        kept = kept[: len(kept) // 2]
+    return None
 
 
 def paste(pixels: Bytes, content: bytes) -> None:
