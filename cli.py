@@ -818,7 +818,7 @@ def _facts(data: bytes) -> dict[str, Any]:
         "version": container.VERSION,
         "width": header.width,
         "height": header.height,
-        "mode": header.colour.name,
+        "mode": header.colour.shown.name,
         "level": header.level,
         "bpp": round(8 * len(data) / (header.width * header.height), 4),
         "fingerprint": header.fingerprint.hex(),

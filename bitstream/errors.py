@@ -43,7 +43,7 @@ class ModelMismatchError(BitstreamError):
 
 
 class LimitError(BitstreamError):
-    """The decoder's choice: the image is larger than the caller allowed. The file itself may be in order."""
+    """The decoder's choice: the image is larger than the caller or the memory allows. The file may be in order."""
 
 
 class ImageError(VqcodecError, ValueError):

@@ -61,7 +61,8 @@ def test_fuzz_targets_pass_on_mutations(pillow_plugin: None, seed: bytes, data: 
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(seed))] * 2)))
     insert = data.draw(st.binary(max_size=40) | st.sampled_from(SMALL).map(lambda other: other[start:end]))
     mutated = seed[:start] + insert + seed[end:]
-    for content in (mutated, targets.repaired(mutated)):
+    structure = targets.restructured(seed, data.draw(st.integers(0, 10**6)))
+    for content in (mutated, targets.repaired(mutated), structure):
         for target in targets.TARGETS.values():
             target(content)
 
@@ -88,7 +89,7 @@ def test_any_single_corruption_is_refused(codec: Codec, file: bytes, data: st.Da
 @st.composite
 def pictures(draw: st.DrawFn) -> Picture:
     sides = draw(st.integers(1, 64)), draw(st.integers(1, 64))
-    rng, colour = np.random.default_rng(draw(st.integers(0, 10**6))), draw(st.sampled_from(ColourMode))
+    rng, colour = np.random.default_rng(draw(st.integers(0, 10**6))), draw(st.sampled_from(ColourMode)).shown
     pixels = rng.integers(0, 256, (*sides, 3), np.uint8)
     if colour.opaque is ColourMode.GREY:
         pixels = np.repeat(pixels[..., :1], 3, axis=2)
@@ -175,6 +176,7 @@ def test_faults_leave_the_old_file_or_a_complete_new_one() -> None:
 def test_a_small_file_takes_little_memory() -> None:
     report = script("limits.py", "--weights", str(WEIGHTS))
     assert report.count("100 bytes") == 3
+    assert all(f" {width} x {height} pixels" in report for width, height in ((320, 320), (800, 1), (1, 800)))
 
 
 @linux

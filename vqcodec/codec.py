@@ -15,7 +15,7 @@ from torch import Tensor
 from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
-from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
@@ -96,8 +96,8 @@ class Codec:
         a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
         a preview is not verified.
 
-        Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
-        than ``max_pixels`` pixels.
+        Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
+        larger than ``max_pixels`` or the free memory allow.
         """
         return to_pil(decode_picture(self, data, max_pixels, progress, preview))
 
@@ -226,6 +226,9 @@ class PictureEncoder:
         # Without rate the nearest codes are what was asked for.
         self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
+        equal = (picture.pixels == picture.pixels[..., :1]).all()
+        self.colour = picture.colour.equal if equal else picture.colour
+        self.flat = flat.find(picture.pixels[..., : 1 if self.colour.one_plane else 3])
         self.grids: list[Tensor] = []  # of the last file
         self._level = torch.tensor([-1], device=codec.device)
         self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
@@ -261,15 +264,15 @@ class PictureEncoder:
                         context,
                     )
         picture = self.picture
-        header = Header(number + 1, self.width, self.height, picture.colour, codec.fingerprint)
-        checksum = container.checksum(header, [grid[0].numpy() for grid in self.grids])
-        return container.pack(
-            Container(header, checksum, tuple(payloads), self.alpha, picture.icc, picture.exif, picture.xmp)
-        )
+        header = Header(number + 1, self.width, self.height, self.colour, codec.fingerprint)
+        checksum = container.checksum(header, [grid[0].numpy() for grid in self.grids], self.flat)
+        optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
+        return container.pack(Container(header, checksum, tuple(payloads), *optional))
 
     def decoded(self) -> NDArray[np.uint8]:
         """What the last file decodes to, (H, W, 3), without another walk."""
-        return _pixels(self.codec, self.grids, int(self._level), (self.height, self.width), self.picture.colour)
+        size = self.height, self.width
+        return _pixels(self.codec, self.grids, int(self._level), size, self.colour, self.flat)
 
     def _analyse(self, number: int) -> None:
         """The networks' work on the level ``number`` (from 0), unless it is at hand."""
@@ -331,8 +334,9 @@ def decode_picture(
     header = parts.header
     alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
     grids = _pop_grids(codec, header, parts.grids[:1], progress) if preview else decode_indices(codec, parts, progress)
-    pixels = _pixels(codec, grids, header.level - 1, (header.height, header.width), header.colour)
-    return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp, notes)
+    blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
+    pixels = _pixels(codec, grids, header.level - 1, (header.height, header.width), header.colour, blocks)
+    return Picture(pixels, header.colour.shown, alpha, parts.icc, parts.exif, parts.xmp, notes)
 
 
 def decode_indices(
@@ -380,6 +384,7 @@ def _pop_grids(
         )
     if header.level > model.config.levels:
         raise DamagedError(f"level {header.level}, the model has {model.config.levels} levels: the file is damaged")
+    memory.require(header.width, header.height)
     cells = codec.cells(header.height, header.width)
     level = torch.tensor([header.level - 1], device=codec.device)
     tell = _Steps(model, cells, progress, len(payloads))
@@ -397,16 +402,22 @@ def _pop_grids(
 
 
 def _pixels(
-    codec: Codec, grids: Sequence[Tensor], number: int, size: tuple[int, int], colour: ColourMode
+    codec: Codec,
+    grids: Sequence[Tensor],
+    number: int,
+    size: tuple[int, int],
+    colour: ColourMode,
+    blocks: bytes | None = None,
 ) -> NDArray[np.uint8]:
-    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0)."""
+    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0) and the content of a flat chunk."""
     level = torch.tensor([number], device=codec.device)
     pixels = _decode_pixels(codec, grids, level, size)
-    if colour.opaque == ColourMode.GREY:
+    if colour.one_plane:
         # The mean of the channels, rounded, in integers.
-        grey = (2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6
-        pixels = np.repeat(grey.astype(np.uint8), 3, axis=2)
-    return pixels
+        pixels = ((2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6).astype(np.uint8)
+    if blocks is not None:
+        flat.paste(pixels, blocks)
+    return np.repeat(pixels, 3, axis=2) if colour.one_plane else pixels
 
 
 class _Encoding:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, features
 
+from bitstream.container import MAX_SIDE
 from vqcodec.codec import Codec, decode_picture, examine
 from vqcodec.image import Bytes, Picture, stripped
 from vqcodec.metrics import psnr, ssimulacra2
@@ -53,7 +54,7 @@ def compare(codec: Codec, picture: Picture, qualities: Sequence[float]) -> Itera
     plain = Picture(pixels, picture.colour.opaque)
     for quality in qualities:
         data = codec.encode(plain, quality)
-        decoded = decode_picture(codec, data, max_pixels=pixels.size).pixels
+        decoded = decode_picture(codec, data, max_pixels=MAX_SIDE**2).pixels
         row = [_shown(f"vq2, quality {quality:g}", pixels, _file(decoded, "PNG"), "png", len(data))]
         for name, (feature, options) in RIVALS.items():
             if features.check(feature):

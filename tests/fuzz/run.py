@@ -39,7 +39,7 @@ def fuzz(target: str, options: list[str]) -> None:
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         mutated = atheris.Mutate(data, max_size)
-        return targets.repaired(mutated)[:max_size] if seed % 2 else mutated
+        return (mutated, targets.repaired(mutated), targets.restructured(data, seed))[seed % 3][:max_size]
 
     atheris.Setup([target, *options], targets.TARGETS[target], custom_mutator=mutate)
     atheris.Fuzz()

@@ -34,7 +34,7 @@ def memory() -> float:
 def picture(rng: np.random.Generator, photo: np.ndarray) -> Picture:
     """A part of a photograph, noise, or one colour, up to 160 pixels a side, of any mode and with any metadata."""
     height, width = (int(2 ** rng.uniform(0, 7.3)) for _ in range(2))
-    kind, colour = rng.integers(3), ColourMode(rng.integers(4))
+    kind, colour = rng.integers(3), ColourMode(rng.integers(4))  # one of those that pictures have
     if kind == 0:
         top, left = rng.integers(photo.shape[0] - height + 1), rng.integers(photo.shape[1] - width + 1)
         pixels = photo[top : top + height, left : left + width]
