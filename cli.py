@@ -1,29 +1,30 @@
-"""The command line, `vqcodec`. The only file that prints or exits.
+"""The command line, `vqcodec`. The only file that prints messages or exits.
 
 What is slow to import (torch, numpy, Pillow, rich) is imported by the command that needs it.
 """
 
 import contextlib
-import errno
+import functools
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import UsageError, VqcodecError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
+from vqcodec.jobs import Job, Plan, blame, plan_jobs, read_file, reason, refuse_clashes, title, write_file
 
 if TYPE_CHECKING:
-    from vqcodec.batch import Made, Pool, Work
+    from vqcodec.batch import Made, Pool, Tally, Work
     from vqcodec.codec import Codec
     from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
@@ -47,42 +48,14 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-_REASONS = {
-    errno.EACCES: "permission denied: choose another place, or change the permissions",
-    errno.EEXIST: "exists already: use -f to replace it",
-    errno.EISDIR: "is a folder: name a file",
-    errno.ENOENT: "no such file or folder: check the name",
-    errno.ENOSPC: "the disk is full: make room, or choose another place",
-}
-
-
-def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno or 0, error.strerror or str(error))
-
-
-@contextlib.contextmanager
-def _blame(name: str = "") -> Iterator[None]:
-    """Turns what can go wrong with the file `name` into a Failure; a bug passes, and keeps its traceback."""
-    prefix = f"{name}: " if name else ""
-    try:
-        yield
-    except (VqcodecError, FloatingPointError) as error:  # the latter: a training run has diverged
-        raise Failure(f"{prefix}{error}") from error
-    except OSError as error:
-        if error.errno is None:  # not the system's, but a library's that says it all
-            raise Failure(str(error)) from error
-        prefix = f"{os.fsdecode(error.filename)}: " if error.filename else prefix
-        raise Failure(prefix + _reason(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "tried to allocate" not in str(error).lower():
-            raise  # those are torch's words
-        raise Failure(f"{prefix}out of memory: free some, or give it less to do at once") from error
-
-
 class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
+        except VqcodecError as error:
+            raise Failure(str(error)) from error
         except KeyboardInterrupt:
             _complain("interrupted")
             raise click.exceptions.Exit(130) from None
@@ -93,144 +66,10 @@ class _Program(click.Group):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):  # the reader has seen enough
                 raise click.exceptions.Exit(1) from None
-            raise Failure(f"standard output: {_reason(error)}") from error
+            raise Failure(f"standard output: {reason(error)}") from error
 
 
-# --- from inputs to outputs, "-" being the standard streams ---
-
-
-class _Job(NamedTuple):
-    source: str
-    target: str
-
-
-class _Plan(NamedTuple):
-    """What there is to do. folders: a folder is among the inputs; skipped: outputs that are there already."""
-
-    jobs: list[_Job]
-    folders: bool
-    skipped: int = 0
-
-
-def _plan(
-    sources: Sequence[str],
-    out: str | None,
-    suffix: str,
-    force: bool,
-    resume: bool = False,
-    endings: Callable[[], Collection[str]] = frozenset,
-) -> _Plan:
-    """The jobs, if nothing speaks against any. Makes the folder `out` if it has to.
-
-    endings: gives those of the files to be found in folders, because it is slow to know them.
-    """
-    inside = {source for source in sources if _is_folder(source)}
-    to_folder = out is not None and (bool(inside) or out.endswith(("/", os.sep)) or _is_folder(out))
-    if force and resume:
-        raise click.UsageError("--force replaces outputs that exist and --resume skips them: choose one")
-    if out is not None and not to_folder and len(sources) > 1:
-        raise click.UsageError(f"several inputs need a folder: end OUT in a slash to have it made ({out}/)")
-    if "-" in sources and (to_folder or len(sources) > 1):
-        raise click.UsageError("- (standard input) has no name: give it alone, with -o FILE or -o -")
-    jobs: list[_Job] = []
-    for source in sources:
-        if source in inside:
-            jobs += _jobs_in(source, out or source, suffix, endings())
-        elif out is None:
-            jobs.append(_Job(source, source if source == "-" else _renamed(source, suffix)))
-        elif to_folder:
-            jobs.append(_Job(source, storage.join(out, _renamed(os.path.basename(source), suffix))))
-        else:
-            jobs.append(_Job(source, "-" if out == "/dev/stdout" else out))
-    there = _existing([job.target for job in jobs]) if resume else set()
-    left = [job for job in jobs if job.target not in there]
-    _refuse_clashes(left, force)
-    path = storage.local(out) if out is not None else None  # folders elsewhere come with the files in them
-    if path is not None:
-        parent = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(parent):
-            raise Failure(f"{out}: there is no folder {parent}: create it first")
-        if to_folder and not os.path.isdir(path):
-            if os.path.isfile(os.path.abspath(path)):
-                raise Failure(f"{out}: is a file, not a folder: choose another name")
-            with _blame(path):
-                os.mkdir(path)
-    return _Plan(left, bool(inside), len(jobs) - len(left))
-
-
-def _jobs_in(folder: str, out: str, suffix: str, endings: Collection[str]) -> list[_Job]:
-    from vqcodec.files import renamed
-
-    with _blame(folder):
-        paths = storage.find(folder, endings)
-    if not paths:
-        raise Failure(f"{folder}: no files to work on in this folder: they are known by their endings")
-    names = renamed(paths, suffix)
-    return [_Job(storage.join(folder, path), storage.join(out, n)) for path, n in zip(paths, names, strict=True)]
-
-
-def _renamed(path: str, suffix: str) -> str:
-    return os.path.splitext(path)[0] + suffix
-
-
-def _refuse_clashes(jobs: Sequence[_Job], force: bool) -> None:
-    """Failure if an output would take the place of a file, unless that is what `force` is for."""
-    inputs = {_identity(source) for source, _ in jobs}
-    source_of: dict[Any, str] = {}
-    there = _existing([job.target for job in jobs])
-    for source, target in jobs:
-        if target == "-":
-            if sys.stdout.isatty():
-                raise Failure("standard output: is a terminal: redirect it, or name a file with -o")
-            continue
-        key = _identity(target)
-        if key in inputs:
-            raise Failure(f"{target}: is an input: choose another name with -o")
-        if key in source_of:
-            raise Failure(f"{target}: would hold {source_of[key]} and {source}: do one at a time, with -o")
-        if target in there and not force:
-            raise Failure(f"{target}: {_REASONS[errno.EEXIST]}")
-        source_of[key] = source
-
-
-def _is_folder(name: str) -> bool:
-    with _blame(name):
-        return storage.is_folder(name)
-
-
-def _existing(names: Sequence[str]) -> set[str]:
-    with _blame(names[0] if names else ""):
-        return storage.existing(names)
-
-
-def _identity(name: str) -> Any:
-    """Equal for two names of one file."""
-    path = storage.local(name)
-    if path is None:
-        return name
-    try:
-        found = os.stat(path)
-    except OSError:
-        return os.path.normcase(os.path.realpath(path))
-    return found.st_dev, found.st_ino
-
-
-def _title(source: str) -> str:
-    return "standard input" if source == "-" else source
-
-
-def _read(source: str) -> bytes:
-    with _blame(_title(source)):
-        return sys.stdin.buffer.read() if source == "-" else storage.read(source)
-
-
-def _write(target: str, data: bytes | memoryview, force: bool) -> None:
-    if target == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    else:
-        with _blame(target):
-            storage.write(target, data, force)
+# --- doing it ---
 
 
 def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
@@ -241,7 +80,7 @@ def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
         import torch
 
         torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
-    with _blame():
+    with blame():
         return Codec.load(weights, device)
 
 
@@ -272,74 +111,37 @@ def _warn(name: str, notes: Iterable[str]) -> None:
         _complain(f"{name}: warning: {note}")
 
 
-# --- doing it ---
-
-
-@dataclass
-class _Tally:
-    """What has become of the files so far."""
-
-    done: int = 0
-    skipped: int = 0
-    before: int = 0
-    after: int = 0
-    pixels: int = 0
-    failed: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def facts(self) -> dict[str, Any]:
-        seconds = time.monotonic() - self.started
-        return {
-            "done": self.done,
-            "skipped": self.skipped,
-            "failed": len(self.failed),
-            "bytes_before": self.before,
-            "bytes_after": self.after,
-            "seconds": round(seconds, 3),
-            "megapixels_per_second": round(self.pixels / 1e6 / max(seconds, 1e-9), 3),
-        }
-
-
-def _do(
-    work: "Work",
-    plan: _Plan,
-    codec: "Codec",
-    weights: str | None,
-    engine: str,
-    workers: int | None,
-    force: bool,
-    as_json: bool,
-) -> None:
+def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions") -> None:
     """Does all jobs, even if some of them fail; Exit(1) if any has."""
-    tally = _Tally(skipped=plan.skipped)
+    from vqcodec.batch import Tally, outcomes
+
+    tally = Tally(skipped=plan.skipped)
     alone = len(plan.jobs) == 1 and not plan.skipped and not plan.folders
-    # Whatever happens, no worker stays.
-    outcomes = contextlib.closing(_outcomes(work, plan, codec, weights, engine, workers))
-    with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance, outcomes as each:
-        for job, outcome in each:
-            try:
-                with _blame(_title(job.source)):
-                    size, made = outcome()
-                _write(job.target, made.data, force)
-            except Failure as failure:
-                failure.show()
-                tally.failed.append(failure.message)
-                facts: dict[str, Any] = {"status": "failed", "error": failure.message}
-            else:
-                tally.done += 1
-                tally.before += size
-                tally.after += len(made.data)
-                tally.pixels += made.width * made.height
-                _warn(_title(job.source), [*made.notes, *filter(None, [made.miss])])
-                _warn(job.target, made.losses)
-                facts = _facts_of(size, made)
-                if not as_json and not plan.folders:
-                    _summary(job.target, facts)
-            if as_json:
-                click.echo(json.dumps({"file": job.source, "output": job.target, **facts}))
-            if advance:
-                advance(job, tally)
-    if as_json and not alone:
+    with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance:
+        watch = _bar if not plan.folders else lambda _: contextlib.nullcontext()
+        each = outcomes(work, plan.jobs, codec, _pool(codec, plan, options), watch)
+        with contextlib.closing(each):  # whatever happens, no worker stays
+            for job, outcome in each:
+                try:
+                    with blame(title(job.source)):
+                        size, made = outcome()
+                    write_file(job.target, made.data, options.force)
+                except VqcodecError as error:
+                    _complain(str(error))
+                    tally.failed.append(str(error))
+                    facts: dict[str, Any] = {"status": "failed", "error": str(error)}
+                else:
+                    tally.add(size, made)
+                    _warn(title(job.source), [*made.notes, *filter(None, [made.miss])])
+                    _warn(job.target, made.losses)
+                    facts = _facts_of(size, made)
+                    if not options.as_json and not plan.folders:
+                        _summary(job.target, facts)
+                if options.as_json:
+                    click.echo(json.dumps({"file": job.source, "output": job.target, **facts}))
+                if advance:
+                    advance(job, tally)
+    if options.as_json and not alone:
         click.echo(json.dumps({"summary": tally.facts()}))
     elif not alone:
         _table(tally)
@@ -347,37 +149,22 @@ def _do(
         raise click.exceptions.Exit(1)
 
 
-def _outcomes(
-    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, engine: str, workers: int | None
-) -> Generator[tuple[_Job, Callable[[], tuple[int, "Made"]]], None, None]:
-    """Every job, with a function that returns the size of the input and what was made of it, or raises."""
-    pool: Pool | None = None
-    if engine == "ray" and plan.jobs:
+def _pool(codec: "Codec", plan: Plan, options: "_FileOptions") -> "Pool | None":
+    """The processes that the user wants, if there is work for several."""
+    workers = options.jobs or 1
+    if options.engine == "ray" and plan.jobs:
         from vqcodec.cluster import RayPool
 
-        with _blame():
-            pool = RayPool(codec, workers or 0)
-    elif engine == "local" and (workers or 1) > 1 and len(plan.jobs) > 1:
+        return RayPool(codec, options.jobs or 0)
+    if options.engine == "local" and workers > 1 and len(plan.jobs) > 1:
         from vqcodec.batch import LocalPool
 
-        pool = LocalPool(codec, weights, workers or 1)
-    if pool:
-        from vqcodec.batch import spread
-
-        yield from spread(work, plan.jobs, lambda job: _read(job.source), pool)
-        return
-    for job in plan.jobs:
-
-        def outcome(job: _Job = job) -> tuple[int, "Made"]:
-            data = _read(job.source)
-            with contextlib.nullcontext() if plan.folders else _bar(job.source) as progress:
-                return len(data), work(codec, data, progress)
-
-        yield job, outcome
+        return LocalPool(codec, options.weights, workers)
+    return None
 
 
 @contextlib.contextmanager
-def _whole_bar(jobs: Sequence[_Job]) -> Iterator[Callable[[_Job, _Tally], None] | None]:
+def _whole_bar(jobs: Sequence[Job]) -> Iterator[Callable[[Job, "Tally"], None] | None]:
     """A function that advances a bar over all files, by the bytes of each; shown on a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -391,7 +178,7 @@ def _whole_bar(jobs: Sequence[_Job]) -> Iterator[Callable[[_Job, _Tally], None] 
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
 
-        def advance(job: _Job, tally: _Tally) -> None:
+        def advance(job: Job, tally: "Tally") -> None:
             done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
             bar.update(task, advance=sizes.get(job.source, 0), done=done, speed=speed)
 
@@ -418,7 +205,7 @@ def _summary(target: str, facts: dict[str, Any]) -> None:
     click.echo(f"{_printable(target)}  {line}", err=target == "-")
 
 
-def _table(tally: _Tally) -> None:
+def _table(tally: "Tally") -> None:
     facts = tally.facts()
     click.echo("files   {done} done, {skipped} skipped, {failed} failed".format(**facts))
     click.echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
@@ -449,7 +236,7 @@ machine alone. The files go through this machine: the others need the same vqcod
 process that dies is done by another: it has failed when the fourth dies of it.
 
 INPUT and OUT may be URLs that fsspec knows, such as s3://bucket/photos; a file is sent there in one piece. URLs
-and --engine ray need more packages: pip install 'vqcodec[ray]'.
+need pip install 'vqcodec[urls]', and --engine ray needs pip install 'vqcodec[ray]'.
 
 A file that fails is named at once, and again in the table at the end; the others are done. --json prints an object
 per file instead, with file, output, status (done or failed), error or width, height, bytes_before, bytes_after, bpp,
@@ -521,6 +308,44 @@ _max_pixels = click.option(
 )
 
 
+@dataclass(frozen=True)
+class _FileOptions:
+    """What `encode` and `decode` are given alike."""
+
+    inputs: tuple[str, ...]
+    out: str | None
+    force: bool
+    resume: bool
+    jobs: int | None
+    engine: str
+    as_json: bool
+    device: str
+    weights: str | None
+    max_pixels: int
+
+    def plan(self, suffix: str, endings: Callable[[], Collection[str]]) -> Plan:
+        plan = plan_jobs(self.inputs, self.out, suffix, self.force, self.resume, endings)
+        if self.as_json and any(job.target == "-" for job in plan.jobs):
+            raise UsageError("--json and the file cannot both go to standard output: name a file with -o")
+        return plan
+
+    def load(self) -> "Codec":
+        return _load(self.weights, self.device, self.jobs)
+
+
+def _file_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that `encode` and `decode` share, and hands them over as the argument `options`."""
+
+    @functools.wraps(command)
+    def gather(**given: Any) -> None:
+        shared = {field.name: given.pop(field.name) for field in fields(_FileOptions)}
+        command(options=_FileOptions(**shared), **given)
+
+    for option in (_max_pixels, _weights, _device, _json, _engine, _jobs, _resume, _force, _out, _inputs):
+        gather = option(gather)
+    return gather
+
+
 @click.group(
     cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
@@ -561,8 +386,6 @@ _positive = click.FloatRange(0, min_open=True)
 
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
-@_inputs
-@_out
 @_quality
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
@@ -575,33 +398,15 @@ _positive = click.FloatRange(0, min_open=True)
     help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
-@_force
-@_resume
-@_jobs
-@_engine
-@_json
-@_device
-@_weights
-@_max_pixels
-@click.pass_context
+@_file_options
 def encode(
-    ctx: click.Context,
-    inputs: tuple[str, ...],
-    out: str | None,
+    options: _FileOptions,
     quality: float,
     target_size: float | None,
     target_bpp: float | None,
     target_psnr: float | None,
     effort: int,
     strip: bool,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    engine: str,
-    as_json: bool,
-    device: str,
-    weights: str | None,
-    max_pixels: int,
 ) -> None:
     """Compress pictures to .vq2 files.
 
@@ -622,13 +427,13 @@ def encode(
     A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
     the file at different qualities. If no quality meets it, the nearest is written, with a warning.
     """
-    target = _target(ctx, {"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
-    plan = _plan_for(inputs, out, ".vq2", force, resume, as_json, _picture_endings)
-    codec = _load(weights, device, jobs)
+    target = _target({"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
+    plan = options.plan(".vq2", _picture_endings)
+    codec = options.load()
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Encode(quality, target, strip, effort, options.max_pixels), plan, codec, options)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -639,11 +444,11 @@ def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
         raise click.BadParameter(str(error), param_hint="--quality") from None
 
 
-def _target(ctx: click.Context, targets: dict[Any, float | None]) -> "Target | None":
+def _target(targets: dict[Any, float | None]) -> "Target | None":
     given = {kind: value for kind, value in targets.items() if value is not None}
     if not given:
         return None
-    by_user = ctx.get_parameter_source("quality") is not click.core.ParameterSource.DEFAULT
+    by_user = click.get_current_context().get_parameter_source("quality") is not click.core.ParameterSource.DEFAULT
     if len(given) + by_user > 1:
         raise click.UsageError("give one of --quality, --target-size, --target-bpp and --target-psnr")
     from vqcodec.targets import Target
@@ -660,46 +465,10 @@ def _picture_endings() -> Collection[str]:
     return endings()
 
 
-def _plan_for(
-    inputs: Sequence[str],
-    out: str | None,
-    suffix: str,
-    force: bool,
-    resume: bool,
-    as_json: bool,
-    endings: Callable[[], Collection[str]],
-) -> _Plan:
-    plan = _plan(inputs, out, suffix, force, resume, endings)
-    if as_json and any(job.target == "-" for job in plan.jobs):
-        raise click.UsageError("--json and the file cannot both go to standard output: name a file with -o")
-    return plan
-
-
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
-@_inputs
-@_out
 @click.option("--preview", is_flag=True, help="Only the coarse grid: quick, blurred, unverified.")
-@_force
-@_resume
-@_jobs
-@_engine
-@_json
-@_device
-@_weights
-@_max_pixels
-def decode(
-    inputs: tuple[str, ...],
-    out: str | None,
-    preview: bool,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    engine: str,
-    as_json: bool,
-    device: str,
-    weights: str | None,
-    max_pixels: int,
-) -> None:
+@_file_options
+def decode(options: _FileOptions, preview: bool) -> None:
     """Turn .vq2 files back into pictures.
 
     \b
@@ -717,18 +486,18 @@ def decode(
     no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
     first grid is mostly noticed, but not always.
     """
-    plan = _plan_for(inputs, out, ".png", force, resume, as_json, lambda: {".vq2"})
+    plan = options.plan(".png", lambda: {".vq2"})
     format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
     from PIL import Image
 
     from vqcodec.image import from_pil, save
 
-    with _blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
+    with blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
         save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format)
-    codec = _load(weights, device, jobs)
+    codec = options.load()
     from vqcodec.batch import Decode
 
-    _do(Decode(format, preview, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Decode(format, preview, options.max_pixels), plan, codec, options)
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -777,12 +546,12 @@ def info(
     if grids is not None:
         if len(files) > 1:
             raise click.UsageError("--grids draws one file: give it one")
-        _refuse_clashes([_Job(files[0], grids)], force)
+        refuse_clashes([Job(files[0], grids)], force)
     failed = False
     for source in files:
         try:
-            data = _read(source)
-            with _blame(_title(source)):
+            data = read_file(source)
+            with blame(title(source)):
                 facts = {"file": source, **_facts(data)}
             if as_json:
                 click.echo(json.dumps(facts))
@@ -790,8 +559,8 @@ def info(
                 _show(facts)
             if grids is not None:
                 _draw_grids(source, data, grids, force, _load(weights, device), max_pixels)
-        except Failure as failure:
-            failure.show()
+        except VqcodecError as error:
+            _complain(str(error))
             failed = True
     if failed:
         raise click.exceptions.Exit(1)
@@ -801,9 +570,9 @@ def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Code
     from vqcodec.look import draw_grids
 
     drawn = BytesIO()
-    with _blame(_title(source)):
+    with blame(title(source)):
         draw_grids(codec, data, max_pixels).save(drawn, "PNG")
-    _write(target, drawn.getbuffer(), force)
+    write_file(target, drawn.getbuffer(), force)
 
 
 def _facts(data: bytes) -> dict[str, Any]:
@@ -839,7 +608,7 @@ def _show(facts: dict[str, Any]) -> None:
     for name, size in facts["chunks"].items():
         table.add_row(name, f"{size:,} bytes")
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(_printable(_title(facts["file"])), "bold"))
+    console.print(Text(_printable(title(facts["file"])), "bold"))
     console.print(table)
 
 
@@ -880,23 +649,23 @@ def compare(
     make of at most as many bytes, each with its size, its PSNR and, where libjxl's program ssimulacra2 is
     installed, its SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
     """
-    plan = _plan([picture], out, ".html", force)
+    plan = plan_jobs([picture], out, ".html", force)
     ((source, target),) = plan.jobs
-    data = _read(source)
+    data = read_file(source)
     codec = _load(weights, device)
     _check_qualities(codec, qualities)
     from vqcodec.image import read
     from vqcodec.look import compare as rows_of
     from vqcodec.look import page
 
-    with _blame(_title(source)), _bar(source) as progress:
+    with blame(title(source)), _bar(source) as progress:
         original, rows = read(data, max_pixels), []
         for row in rows_of(codec, original, qualities):
             rows.append(row)
             if progress:
                 progress(len(rows) / len(qualities))
-    _write(target, page(os.path.basename(source), original, rows), force)
-    _warn(_title(source), original.notes)
+    write_file(target, page(os.path.basename(source), original, rows), force)
+    _warn(title(source), original.notes)
 
 
 class _Dimensions(click.ParamType):
@@ -948,19 +717,19 @@ def sample(
     if size[0] * size[1] > max_pixels:
         raise Failure(f"{size[0]} x {size[1]} pixels, the limit is {max_pixels}: raise it (--max-pixels)")
     targets = {n: os.path.join(out, f"sample-{n}.png") for n in range(seed, seed + number)}
-    _refuse_clashes([_Job(top_from or "", target) for target in targets.values()], force)
-    top = None if top_from is None else _read(top_from)
+    refuse_clashes([Job(top_from or "", target) for target in targets.values()], force)
+    top = None if top_from is None else read_file(top_from)
     codec = _load(weights, device)
     _check_qualities(codec, [quality] if top is None else [])
     for n, target in targets.items():
-        with _blame(_title(top_from or target)):
+        with blame(title(top_from or target)):
             if top is None:
                 drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
             else:
                 drawn = codec.sample_from(top, seed=n, temperature=temperature, max_pixels=max_pixels)
         encoded = BytesIO()
         drawn.save(encoded, "PNG")
-        _write(target, encoded.getbuffer(), force)
+        write_file(target, encoded.getbuffer(), force)
         click.echo(_printable(target))
 
 
@@ -1042,11 +811,11 @@ def train(
     from vqcodec.weights import load_weights
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of many
-    with _blame(str(images)):
+    with blame(str(images)):
         find_images(images)  # before RUN is made
-    with _blame():
+    with blame():
         layout = load_weights(start).config if start else CONFIGS[config or "vqcodec"]
-    with _blame(str(output)):
+    with blame(str(output)):
         run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start)
         trainer.train(run, click.echo if first else lambda _: None)
     if first:

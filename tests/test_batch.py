@@ -5,7 +5,8 @@ import time
 import pytest
 from tiny_model import GOLDEN, WEIGHTS
 
-from vqcodec.batch import Decode, LocalPool, Made, WorkerError, spread
+from bitstream.errors import WorkerError
+from vqcodec.batch import Decode, LocalPool, Made, spread
 from vqcodec.codec import Codec, Progress
 from vqcodec.files import find, renamed
 

@@ -14,7 +14,9 @@ from test_cli import Terminal, png, posix, refused, run, succeeded
 from tiny_model import WEIGHTS
 
 import cli
+from vqcodec.batch import Tally
 from vqcodec.codec import Codec
+from vqcodec.jobs import Job
 
 PHOTO = Path(__file__).parent / "images" / "photo.png"
 
@@ -129,11 +131,11 @@ def test_folders_without_work_and_outputs_that_are_files_are_refused(here: Path,
 def test_a_bar_counts_the_files_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    jobs = [cli._Job(str(photos / name), "") for name in ("a.png", "a.jpg")]
+    jobs = [Job(str(photos / name), "") for name in ("a.png", "a.jpg")]
     with cli._whole_bar(jobs) as advance:
         assert advance
         for done, job in enumerate(jobs, start=1):
-            advance(job, cli._Tally(done=done, pixels=10**6))
+            advance(job, Tally(done=done, pixels=10**6))
     assert "2 of 2 files" in terminal.getvalue() and "MP/s" in terminal.getvalue()
 
 

@@ -89,7 +89,7 @@ def test_what_is_wrong_with_a_url_is_one_line(memory: dict[str, bytes], monkeypa
     refused(encode("memory://none.png"), "memory://none.png: no such file")
     refused(encode("nowhere://a.png"), "nowhere://a.png: Protocol not known: nowhere")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    refused(encode("s3://bucket/a.png"), "pip install 'vqcodec[ray]'")
+    refused(encode("s3://bucket/a.png"), "pip install 'vqcodec[urls]'")
 
 
 def test_without_ray_the_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

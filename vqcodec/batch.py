@@ -1,4 +1,4 @@
-"""The work on one file after another, from bytes to bytes, in this process or in several.
+"""The work on one file after another, from bytes to bytes, in this process or in several, and the tally of it.
 
 Why processes and not threads: a walk is a long chain of small operations, most of its Python needs the interpreter's
 lock, and two threads are no faster than one. Forked processes share the memory of the model they find at their start.
@@ -12,25 +12,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 import vqcodec.codec
-from bitstream.errors import VqcodecError
+from bitstream.errors import WorkerError
 from vqcodec.codec import Codec, Progress
 from vqcodec.image import read, save, stripped
+from vqcodec.jobs import Job, read_file
 from vqcodec.targets import Target
 
-Job = TypeVar("Job")
-
-
-class WorkerError(VqcodecError):
-    """The machine's fault: the process that worked on a file has died."""
+Item = TypeVar("Item")
 
 
 class Made(NamedTuple):
@@ -98,6 +96,68 @@ class Decode:
         return Made(encoded.getvalue(), width, height, time.monotonic() - started, notes, losses)
 
 
+# --- all jobs ---
+
+
+@dataclass
+class Tally:
+    """What has become of the files so far."""
+
+    done: int = 0
+    skipped: int = 0
+    before: int = 0
+    after: int = 0
+    pixels: int = 0
+    failed: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, size: int, made: Made) -> None:
+        """A file is done; size: bytes of the input."""
+        self.done += 1
+        self.before += size
+        self.after += len(made.data)
+        self.pixels += made.width * made.height
+
+    def facts(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.started
+        return {
+            "done": self.done,
+            "skipped": self.skipped,
+            "failed": len(self.failed),
+            "bytes_before": self.before,
+            "bytes_after": self.after,
+            "seconds": round(seconds, 3),
+            "megapixels_per_second": round(self.pixels / 1e6 / max(seconds, 1e-9), 3),
+        }
+
+
+Outcome = Callable[[], tuple[int, Made]]  # the size of an input and what was made of it, or raises
+
+
+def outcomes(
+    work: Work,
+    jobs: Iterable[Job],
+    codec: Codec,
+    pool: "Pool | None",
+    watch: Callable[[str], AbstractContextManager[Progress | None]],
+) -> Generator[tuple[Job, Outcome], None, None]:
+    """Every job with its outcome: in the processes of a pool, as they get done, or else here, in their order.
+
+    watch: from the name of a file to a context in which the work on it, here, tells its progress.
+    """
+    if pool:
+        yield from spread(work, jobs, lambda job: read_file(job.source), pool)
+        return
+    for job in jobs:
+
+        def outcome(job: Job = job) -> tuple[int, Made]:
+            data = read_file(job.source)
+            with watch(job.source) as progress:
+                return len(data), work(codec, data, progress)
+
+        yield job, outcome
+
+
 # --- in several processes ---
 
 
@@ -117,16 +177,16 @@ class Pool(Protocol):
 
 
 def spread(
-    work: Work, jobs: Iterable[Job], read: Callable[[Job], bytes], pool: Pool
-) -> Generator[tuple[Job, Callable[[], tuple[int, Made]]], None, None]:
-    """Does all jobs in the processes of a pool, which it closes in the end; yields them as they get done, with a
-    function that returns the size of the input and what was made of it, or raises.
+    work: Work, jobs: Iterable[Item], read: Callable[[Item], bytes], pool: Pool
+) -> Generator[tuple[Item, Outcome], None, None]:
+    """Does all jobs in the processes of a pool, which it closes in the end; yields them as they get done, each with its
+    outcome.
 
     read: gives the bytes of a job, in this process, a little ahead. A worker that dies takes one job with it
     (WorkerError), no more.
     """
-    waiting, suspects = iter(jobs), deque[tuple[Job, bytes]]()
-    running: dict[Future[Made], tuple[Job, bytes]] = {}
+    waiting, suspects = iter(jobs), deque[tuple[Item, bytes]]()
+    running: dict[Future[Made], tuple[Item, bytes]] = {}
     more = True
     try:
         while True:

@@ -1,6 +1,6 @@
 """Files by their names: paths of this machine, and fsspec's URLs such as s3://bucket/photo.png.
 
-A file:// URL means the path in it. Other URLs need the extra, pip install 'vqcodec[ray]', and for many protocols one
+A file:// URL means the path in it. Other URLs need the extra, pip install 'vqcodec[urls]', and for many protocols one
 more package, which the error names. Errors of all functions: OSError with the name, or StorageError.
 """
 
@@ -12,12 +12,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import StorageError
 from vqcodec import files
-
-
-class StorageError(VqcodecError):
-    """The fault of the network, of who owns the storage, or of the URL."""
 
 
 def local(name: str) -> str | None:
@@ -113,7 +109,7 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise StorageError("URLs need the package fsspec: pip install 'vqcodec[ray]'") from None
+        raise StorageError("URLs need the package fsspec: pip install 'vqcodec[urls]'") from None
     try:
         yield url_to_fs(url)
     except FileNotFoundError as error:  # mostly without a number and with half of the name
