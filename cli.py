@@ -7,8 +7,9 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -21,9 +22,12 @@ import click
 
 from bitstream.errors import UsageError, VqcodecError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
-from vqcodec.jobs import Job, Plan, blame, plan_jobs, read_file, reason, refuse_clashes, title, write_file
+from vqcodec.formats import advice
+from vqcodec.jobs import Job, Plan, blame, finish, plan_jobs, read_file, reason, refuse_clashes, title, write_file
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from vqcodec.batch import Made, Pool, Tally, Work
     from vqcodec.codec import Codec
     from vqcodec.targets import Target
@@ -40,7 +44,7 @@ class Failure(click.ClickException):
 
 
 def _complain(text: str) -> None:
-    click.echo("vqcodec: " + _printable(" ".join(text.split())), err=True)
+    _echo("vqcodec: " + _printable(" ".join(text.split())), err=True)
 
 
 def _printable(text: str) -> str:
@@ -48,17 +52,52 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+_INTERRUPTED = 130  # exit code
+
+
+class _Stop(KeyboardInterrupt):
+    """Ctrl-C, or a signal like it. code: to exit with; progress: how far it got."""
+
+    def __init__(self, code: int, progress: str = "") -> None:
+        super().__init__()
+        self.code, self.progress = code, progress
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes the signals that end a program clean up like Ctrl-C."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stop(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # names of files may have what its encoding has not
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except UsageError as error:
             raise click.UsageError(str(error)) from error
         except VqcodecError as error:
             raise Failure(str(error)) from error
-        except KeyboardInterrupt:
-            _complain("interrupted")
-            raise click.exceptions.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            code, progress = getattr(stop, "code", _INTERRUPTED), getattr(stop, "progress", "")
+            _complain(("interrupted" if code == _INTERRUPTED else "terminated") + progress)
+            raise click.exceptions.Exit(code) from None
         except OSError as error:  # standard output's: every other file has been blamed by name
             if error.errno is None:
                 raise
@@ -67,6 +106,110 @@ class _Program(click.Group):
             if isinstance(error, BrokenPipeError):  # the reader has seen enough
                 raise click.exceptions.Exit(1) from None
             raise Failure(f"standard output: {reason(error)}") from error
+
+
+# --- the terminal: lines, and a bar below them ---
+
+_PATIENCE = 1.0  # seconds; what takes less needs no bar
+
+_terminal = threading.RLock()  # held by who writes to it
+_bar_there: "Progress | None" = None
+
+
+def _echo(text: str, err: bool = False) -> None:
+    """A line; a bar makes way for it."""
+    with _terminal:
+        if _bar_there:
+            _bar_there.stop()
+        click.echo(text, err=err)
+        if _bar_there:
+            _bar_there.start()
+
+
+@contextlib.contextmanager
+def _show(bar: "Progress") -> Iterator[None]:
+    """Shows a bar after a while; a thread of its own keeps it moving."""
+    global _bar_there
+    over = False
+
+    def start() -> None:
+        global _bar_there
+        with _terminal:
+            if not over:
+                _bar_there = bar
+                bar.start()
+
+    timer = threading.Timer(_PATIENCE, start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        with _terminal:
+            over = True
+            if _bar_there is bar:
+                bar.stop()
+                _bar_there = None
+
+
+def _progress(*columns: Any) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    # The time moves even where the work tells nothing, such as in the networks and in a compiler.
+    columns = SpinnerColumn(), *columns, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+
+
+Watch = Callable[[str], contextlib.AbstractContextManager[Callable[[float], None] | None]]
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Callable[[float], None] | None]:
+    """A progress function that moves a bar, on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import TextColumn
+
+    bar = _progress(TextColumn("{task.description}", markup=False))
+    task = bar.add_task(_printable(name), total=None)
+    with _show(bar):
+        yield lambda done: bar.update(task, total=1.0, completed=done)
+
+
+@contextlib.contextmanager
+def _no_bar(_: str) -> Iterator[None]:
+    yield None
+
+
+@contextlib.contextmanager
+def _whole_bar(jobs: Sequence[Job]) -> Iterator[tuple[Watch, Callable[[Job, "Tally"], None]]]:
+    """A bar over all files, by the bytes of each, on a terminal: what watches the work on one of them, and a function
+    that tells that one is over."""
+    if not sys.stderr.isatty():
+        yield _no_bar, lambda *_: None
+        return
+    from rich.progress import TextColumn
+
+    sizes, past = {job.source: storage.size(job.source) for job in jobs}, 0
+    count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
+    bar = _progress(count, TextColumn("{task.fields[speed]:.2f} MP/s"))
+    task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
+
+    @contextlib.contextmanager
+    def watch(name: str) -> Iterator[Callable[[float], None]]:
+        yield lambda done: bar.update(task, completed=past + done * sizes.get(name, 0))
+
+    def advance(job: Job, tally: "Tally") -> None:
+        nonlocal past
+        past += sizes.get(job.source, 0)
+        done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
+        bar.update(task, completed=past, done=done, speed=speed)
+
+    with _show(bar):
+        yield watch, advance
 
 
 # --- doing it ---
@@ -80,30 +223,8 @@ def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
         import torch
 
         torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
-    with blame():
+    with blame(), _bar("loading the model"):
         return Codec.load(weights, device)
-
-
-@contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[float], None] | None]:
-    """A progress function that shows a bar: on a terminal, if the job takes more than a second."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, started = bar.add_task(_printable(name), total=1.0), time.monotonic()
-    with contextlib.ExitStack() as shown:
-
-        def update(done: float) -> None:
-            if not bar.live.is_started and time.monotonic() - started > 1:
-                shown.enter_context(bar)
-            bar.update(task, completed=done)
-
-        yield update
 
 
 def _warn(name: str, notes: Iterable[str]) -> None:
@@ -111,42 +232,71 @@ def _warn(name: str, notes: Iterable[str]) -> None:
         _complain(f"{name}: warning: {note}")
 
 
-def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions") -> None:
-    """Does all jobs, even if some of them fail; Exit(1) if any has."""
-    from vqcodec.batch import Tally, outcomes
+def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions", strict: bool = False) -> None:
+    """Does all jobs, even if some of them fail; Exit(1) if any has, or, if it is strict, has missed its target."""
+    from vqcodec.batch import Encode, Tally, outcomes
 
-    tally = Tally(skipped=plan.skipped)
-    alone = len(plan.jobs) == 1 and not plan.skipped and not plan.folders
-    with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance:
-        watch = _bar if not plan.folders else lambda _: contextlib.nullcontext()
+    tally = Tally(skipped=len(plan.skipped), left_out=len(plan.left_out))
+    shrinks = isinstance(work, Encode)
+    alone = len(plan.jobs) == 1 and not (plan.skipped or plan.folders)
+    lines = not (options.as_json or options.quiet) and (options.verbose or not plan.folders)
+    _tell_plan(plan, tally, options)
+    with contextlib.ExitStack() as stack:
+        watch: Watch = _no_bar if options.quiet else _bar
+        advance: Callable[[Job, Tally], None] = lambda *_: None  # noqa: E731
+        if not (alone or options.quiet):
+            watch, advance = stack.enter_context(_whole_bar(plan.jobs))
         each = outcomes(work, plan.jobs, codec, _pool(codec, plan, options), watch)
-        with contextlib.closing(each):  # whatever happens, no worker stays
+        stack.enter_context(contextlib.closing(each))  # whatever happens, no worker stays
+        try:
             for job, outcome in each:
                 try:
                     with blame(title(job.source)):
                         size, made = outcome()
-                    write_file(job.target, made.data, options.force)
+                    finish(job, made.data, options.force)
                 except VqcodecError as error:
                     _complain(str(error))
                     tally.failed.append(str(error))
                     facts: dict[str, Any] = {"status": "failed", "error": str(error)}
                 else:
                     tally.add(size, made)
-                    _warn(title(job.source), [*made.notes, *filter(None, [made.miss])])
-                    _warn(job.target, made.losses)
+                    if not options.quiet or made.miss and strict:
+                        _warn(title(job.source), [*made.notes, *filter(None, [made.miss])])
+                        _warn(job.target, made.losses)
                     facts = _facts_of(size, made)
-                    if not options.as_json and not plan.folders:
-                        _summary(job.target, facts)
+                    if lines:
+                        _summary(job.target, facts, shrinks)
                 if options.as_json:
-                    click.echo(json.dumps({"file": job.source, "output": job.target, **facts}))
-                if advance:
-                    advance(job, tally)
+                    _echo(json.dumps({"file": job.source, "output": job.target, **facts}))
+                advance(job, tally)
+        except KeyboardInterrupt as stop:
+            if not alone:
+                how = "with --resume instead of -f" if options.force else "with --resume"
+                progress = f" after {tally.done} of {len(plan.jobs)} files: give the same command {how} to go on"
+                raise _Stop(getattr(stop, "code", _INTERRUPTED), progress) from stop
+            raise
     if options.as_json and not alone:
-        click.echo(json.dumps({"summary": tally.facts()}))
-    elif not alone:
-        _table(tally)
-    if tally.failed:
+        _echo(json.dumps({"summary": tally.facts()}))
+    elif not (alone or options.quiet):
+        _table(tally, shrinks)
+    if tally.failed or tally.missed and strict:
         raise click.exceptions.Exit(1)
+
+
+def _tell_plan(plan: Plan, tally: "Tally", options: "_FileOptions") -> None:
+    """What in folders cannot be read, and, if one wants to know, what need not be done."""
+    for message in plan.closed:
+        _complain(message)
+        tally.failed.append(message)
+    if plan.left_out and not options.quiet:
+        named = plan.left_out if options.verbose else plan.left_out[:5]
+        names, more, hint = ", ".join(named), len(plan.left_out) - len(named), advice(plan.left_out)
+        names += f" and {more} more (-v names them)" if more else ""
+        what = f"left out, as they cannot be read: {names}"
+        _complain(f"warning: {len(plan.left_out)} files " + (f"{what}: {hint}" if hint else what))
+    if options.verbose and not options.as_json:
+        for job in plan.skipped:
+            _echo(f"{_printable(job.target)}  is up to date")
 
 
 def _pool(codec: "Codec", plan: Plan, options: "_FileOptions") -> "Pool | None":
@@ -163,28 +313,6 @@ def _pool(codec: "Codec", plan: Plan, options: "_FileOptions") -> "Pool | None":
     return None
 
 
-@contextlib.contextmanager
-def _whole_bar(jobs: Sequence[Job]) -> Iterator[Callable[[Job, "Tally"], None] | None]:
-    """A function that advances a bar over all files, by the bytes of each; shown on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    sizes = {job.source: storage.size(job.source) for job in jobs}
-    count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
-    columns = count, BarColumn(), TextColumn("{task.fields[speed]:.2f} MP/s"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
-
-        def advance(job: Job, tally: "Tally") -> None:
-            done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
-            bar.update(task, advance=sizes.get(job.source, 0), done=done, speed=speed)
-
-        yield advance
-
-
 def _facts_of(size: int, made: "Made") -> dict[str, Any]:
     facts = {
         "status": "done",
@@ -195,26 +323,36 @@ def _facts_of(size: int, made: "Made") -> dict[str, Any]:
         "bpp": round(8 * len(made.data) / (made.width * made.height), 4),
         "seconds": round(made.seconds, 3),
     }
-    return facts if made.quality is None else {**facts, "quality": round(made.quality, 3)}
+    if made.quality is not None:
+        facts |= {"quality": round(made.quality, 3), "target_met": not made.miss}
+    return facts
 
 
-def _summary(target: str, facts: dict[str, Any]) -> None:
+def _summary(target: str, facts: dict[str, Any], shrinks: bool) -> None:
+    """shrinks: the output is meant to be smaller than the input."""
     line = "{width} x {height}  {bytes_after:,} bytes  {bpp:.3f} bpp  {seconds:.1f} s".format(**facts)
     if "quality" in facts:
         line += "  quality {quality:.2f}".format(**facts)
-    click.echo(f"{_printable(target)}  {line}", err=target == "-")
+    if shrinks and facts["bytes_after"] > facts["bytes_before"]:
+        line += "  larger than the original's {bytes_before:,} bytes".format(**facts)
+    _echo(f"{_printable(target)}  {line}", err=target == "-")
 
 
-def _table(tally: "Tally") -> None:
+def _table(tally: "Tally", shrinks: bool) -> None:
     facts = tally.facts()
-    click.echo("files   {done} done, {skipped} skipped, {failed} failed".format(**facts))
-    click.echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
+    files = "files   {done} done, {skipped} skipped, {failed} failed"
+    _echo((files + ", {left_out} left out" if tally.left_out else files).format(**facts))
+    _echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
     if tally.before and tally.after:
         small, large = sorted((tally.before, tally.after))
-        click.echo(f"ratio   {large / small:.1f} : 1" if tally.after == small else f"ratio   1 : {large / small:.1f}")
-    click.echo("time    {seconds:.1f} s, {megapixels_per_second:.2f} MP/s".format(**facts))
+        _echo(f"ratio   {large / small:.1f} : 1" if tally.after == small else f"ratio   1 : {large / small:.1f}")
+    if shrinks and tally.larger:
+        _echo(f"larger  {tally.larger} than their originals (-v names them)")
+    if tally.missed:
+        _echo(f"missed  {tally.missed} their target")
+    _echo("time    {seconds:.1f} s, {megapixels_per_second:.2f} MP/s".format(**facts))
     for message in tally.failed:
-        click.echo("failed  " + _printable(" ".join(message.split())))
+        _echo("failed  " + _printable(" ".join(message.split())))
 
 
 # --- commands ---
@@ -225,8 +363,12 @@ need be, but not its parents. Several inputs need a folder, or no -o at all: eac
 its input. "-" stands for standard input and output. An output that exists, that is an input, or that two inputs
 would share is refused before any work.
 
-A folder among the inputs stands for all files below it that have one of the right endings, hidden ones left out;
-OUT gets the same tree. Files of one folder that differ in nothing but their ending keep it: a.jpg.vq2, a.png.vq2.
+A folder among the inputs stands for all files below it that have one of the right endings, or none and the
+content of a picture; hidden ones are left out, pictures that cannot be read are counted and named. OUT gets the same
+tree, and outputs the times of their inputs. Files of one folder that differ in nothing but their ending keep it:
+a.jpg.vq2, a.png.vq2. An output that is there keeps its name.
+
+--resume skips an input if its output exists and is not older than it, and does again what is out of date.
 
 With --jobs N, N processes of one thread each work on N files at once and share one model where the system allows
 (Linux, without a GPU).
@@ -236,11 +378,12 @@ machine alone. The files go through this machine: the others need the same vqcod
 process that dies is done by another: it has failed when the fourth dies of it.
 
 INPUT and OUT may be URLs that fsspec knows, such as s3://bucket/photos; a file is sent there in one piece. URLs
-need pip install 'vqcodec[urls]', and --engine ray needs pip install 'vqcodec[ray]'.
+need pip install 'vqcodec[urls]', and --engine ray needs pip install 'vqcodec[ray]'. Chains work as well, such as
+zip://trip::s3://bucket/photos.zip, a folder in an archive.
 
 A file that fails is named at once, and again in the table at the end; the others are done. --json prints an object
 per file instead, with file, output, status (done or failed), error or width, height, bytes_before, bytes_after, bpp,
-seconds, and quality where one was searched for; last, if there is more than one file or a folder,
+seconds, and quality and target_met where a target was given; last, if there is more than one file or a folder,
 {"summary": {...}}."""
 
 _EXIT_CODES = """\b
@@ -248,7 +391,7 @@ Exit codes:
   0    everything was done
   1    something failed: a line on standard error says what, all else was done
   2    bad usage
-  130  interrupted by Ctrl-C
+  130  interrupted by Ctrl-C (143: terminated); --resume goes on from there
 No output is ever left half-written."""
 
 _inputs = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path())
@@ -265,16 +408,32 @@ _device = click.option(
 _weights = click.option(
     "--weights", metavar="FILE", type=click.Path(), help="A model to use instead of the installed one."
 )
+
+
+class _Quality(click.FloatRange):
+    def __init__(self) -> None:
+        super().__init__(1, 8)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        with contextlib.suppress(ValueError):
+            if 8 < float(value) <= 100:
+                hint = "it is not a JPEG's: 1 is the smallest file, 5 the default, 8 the best picture"
+                self.fail(f"{value} is not in the range from 1 to 8: {hint}", param, ctx)
+        return float(super().convert(value, param, ctx))
+
+
 _quality = click.option(
     "-q",
     "--quality",
     metavar="Q",
-    type=click.FloatRange(1, 8),
+    type=_Quality(),
     default=DEFAULT_QUALITY,
     help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
 )
 _count = click.IntRange(min=1)
-_resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
+_resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists and is not older.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every file, also in folders.")
+_quiet = click.option("--quiet", is_flag=True, help="Errors alone: no bar, no warnings, no summary.")
 _jobs = click.option(
     "-j",
     "--jobs",
@@ -322,15 +481,35 @@ class _FileOptions:
     device: str
     weights: str | None
     max_pixels: int
+    verbose: bool
+    quiet: bool
 
-    def plan(self, suffix: str, endings: Callable[[], Collection[str]]) -> Plan:
-        plan = plan_jobs(self.inputs, self.out, suffix, self.force, self.resume, endings)
+    def plan(self, suffix: str, endings: Callable[[], Collection[str]], pictures: bool = False) -> Plan:
+        """As ``plan_jobs``."""
+        if self.verbose and self.quiet:
+            raise UsageError("--verbose and --quiet contradict each other: choose one")
+        plan = plan_jobs(self.inputs, self.out, suffix, self.force, self.resume, endings, pictures)
         if self.as_json and any(job.target == "-" for job in plan.jobs):
             raise UsageError("--json and the file cannot both go to standard output: name a file with -o")
         return plan
 
+    def refuse_output_as_input(self, endings: Callable[[], Collection[str]]) -> None:
+        """UsageError for `encode a.png a.vq2`, which other programs understand. endings: those of outputs."""
+        *others, last = self.inputs
+        if self.out is not None or not others or os.path.splitext(last)[1].lower() not in endings():
+            return
+        if len(others) == 1:
+            raise UsageError(f"{last} is no input: to name the output, write -o {last}")
+        if not storage.existing([last]):
+            raise UsageError(f"{last} is no input: to name a folder for the outputs, write -o FOLDER/")
+
     def load(self) -> "Codec":
         return _load(self.weights, self.device, self.jobs)
+
+
+_SHARED = (
+    _inputs, _out, _force, _resume, _jobs, _engine, _json, _verbose, _quiet, _device, _weights, _max_pixels
+)  # fmt: skip
 
 
 def _file_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -341,7 +520,7 @@ def _file_options(command: Callable[..., None]) -> Callable[..., None]:
         shared = {field.name: given.pop(field.name) for field in fields(_FileOptions)}
         command(options=_FileOptions(**shared), **given)
 
-    for option in (_max_pixels, _weights, _device, _json, _engine, _jobs, _resume, _force, _out, _inputs):
+    for option in reversed(_SHARED):
         gather = option(gather)
     return gather
 
@@ -398,6 +577,7 @@ _positive = click.FloatRange(0, min_open=True)
     help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed; the file is written all the same.")
 @_file_options
 def encode(
     options: _FileOptions,
@@ -407,6 +587,7 @@ def encode(
     target_psnr: float | None,
     effort: int,
     strip: bool,
+    strict: bool,
 ) -> None:
     """Compress pictures to .vq2 files.
 
@@ -425,15 +606,17 @@ def encode(
     are kept. A warning tells what is changed or dropped, such as 16-bit samples, CMYK and further frames.
 
     A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
-    the file at different qualities. If no quality meets it, the nearest is written, with a warning.
+    the file at different qualities. If no quality meets it, the nearest is written, with a warning; --strict makes
+    it an error in the exit code.
     """
     target = _target({"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
-    plan = options.plan(".vq2", _picture_endings)
+    options.refuse_output_as_input(lambda: {".vq2"})
+    plan = options.plan(".vq2", _picture_endings, pictures=True)
     codec = options.load()
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, options.max_pixels), plan, codec, options)
+    _do(Encode(quality, target, strip, effort, options.max_pixels), plan, codec, options, strict)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -460,8 +643,10 @@ def _target(targets: dict[Any, float | None]) -> "Target | None":
 
 
 def _picture_endings() -> Collection[str]:
+    from vqcodec.formats import register_plugins
     from vqcodec.image import endings
 
+    register_plugins()
     return endings()
 
 
@@ -486,6 +671,7 @@ def decode(options: _FileOptions, preview: bool) -> None:
     no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
     first grid is mostly noticed, but not always.
     """
+    options.refuse_output_as_input(_picture_endings)
     plan = options.plan(".png", lambda: {".vq2"})
     format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
     from PIL import Image
@@ -556,7 +742,7 @@ def info(
             if as_json:
                 click.echo(json.dumps(facts))
             else:
-                _show(facts)
+                _show_facts(facts)
             if grids is not None:
                 _draw_grids(source, data, grids, force, _load(weights, device), max_pixels)
         except VqcodecError as error:
@@ -595,7 +781,7 @@ def _facts(data: bytes) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
+def _show_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -620,7 +806,7 @@ def _show(facts: dict[str, Any]) -> None:
     "--quality",
     "qualities",
     metavar="Q",
-    type=click.FloatRange(1, 8),
+    type=_Quality(),
     multiple=True,
     default=(1, 3, 5, 7),
     help="As in encode; give it again for another row.",
@@ -650,7 +836,7 @@ def compare(
     installed, its SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
     """
     plan = plan_jobs([picture], out, ".html", force)
-    ((source, target),) = plan.jobs
+    source, target = plan.jobs[0].source, plan.jobs[0].target
     data = read_file(source)
     codec = _load(weights, device)
     _check_qualities(codec, qualities)

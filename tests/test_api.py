@@ -1,5 +1,6 @@
 """What `import vqcodec` gives: names, errors, warnings, types."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -86,3 +87,30 @@ def test_what_a_preview_lacks_is_a_warning_in_the_caller_s_line() -> None:
 def test_the_packages_say_that_they_are_typed() -> None:
     assert all((ROOT / package / "py.typed").exists() for package in ("bitstream", "vqcodec"))
     assert (ROOT / "pyproject.toml").read_text().count('"py.typed"') == 2
+
+
+FORK = """
+import multiprocessing, sys, torch, vqcodec
+from PIL import Image
+
+torch.set_num_threads(2)
+vqcodec._default["cpu"] = vqcodec.Codec.load(sys.argv[1], "cpu")
+image = Image.open(sys.argv[2]).convert("RGB")
+
+
+def encode(quality):
+    return vqcodec.encode(image, quality, device="cpu")
+
+
+before = encode(2)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(encode, [2, 2]).get(60) == [before, before]
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_that_has_encoded_with_several_threads_may_fork(tmp_path: Path) -> None:
+    (tmp_path / "fork.py").write_text(FORK)
+    command = [sys.executable, str(tmp_path / "fork.py"), str(WEIGHTS), str(ROOT / "tests" / "images" / "photo.png")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    subprocess.run(command, env=env, check=True, timeout=120)

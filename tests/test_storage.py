@@ -54,7 +54,7 @@ def test_a_remote_folder_is_encoded_like_a_local_one(here: Path, memory: dict[st
     result = encode("memory://photos", "-o", "memory://small", "--jobs", jobs)
     assert result.exit_code == 1 and "2 done, 0 skipped, 1 failed" in result.stdout
     assert result.stderr.startswith("vqcodec: memory://photos/bad.png: not an image")
-    assert storage.find("memory://small", {".vq2"}) == ["a.vq2", "trip/b.vq2"]
+    assert storage.find("memory://small", {".vq2"}).paths == ["a.vq2", "trip/b.vq2"]
     assert storage.read("memory://small/trip/b.vq2") == (here / "photo.vq2").read_bytes()
     back = succeeded(run("decode", "memory://small", "-o", "back", "--json"))
     assert json.loads(back.stdout.splitlines()[0])["file"] == "memory://small/a.vq2"

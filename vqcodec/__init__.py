@@ -8,6 +8,8 @@ What an image has that its file cannot hold is a warning (`warnings.warn`), and 
 are VqcodecErrors.
 """
 
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,16 @@ DEFAULT_QUALITY = 5.0
 DEFAULT_EFFORT = 1
 
 _default: "dict[str, Codec]" = {}
+
+
+def _use_one_thread() -> None:
+    """In a forked process the threads that torch has started are gone, and it would wait for them for ever."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def __getattr__(name: str) -> Any:

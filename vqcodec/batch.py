@@ -5,8 +5,11 @@ lock, and two threads are no faster than one. Forked processes share the memory 
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -24,8 +27,9 @@ import torch
 import vqcodec.codec
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec, Progress
+from vqcodec.formats import register_plugins
 from vqcodec.image import read, save, stripped
-from vqcodec.jobs import Job, read_file
+from vqcodec.jobs import Job, begin
 from vqcodec.targets import Target
 
 Item = TypeVar("Item")
@@ -63,6 +67,7 @@ class Encode:
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
+        register_plugins()
         picture = read(data, self.max_pixels)
         if self.strip:
             picture = stripped(picture)
@@ -105,6 +110,9 @@ class Tally:
 
     done: int = 0
     skipped: int = 0
+    left_out: int = 0
+    larger: int = 0  # than the input
+    missed: int = 0  # a target
     before: int = 0
     after: int = 0
     pixels: int = 0
@@ -114,6 +122,8 @@ class Tally:
     def add(self, size: int, made: Made) -> None:
         """A file is done; size: bytes of the input."""
         self.done += 1
+        self.larger += len(made.data) > size
+        self.missed += bool(made.miss)
         self.before += size
         self.after += len(made.data)
         self.pixels += made.width * made.height
@@ -124,6 +134,8 @@ class Tally:
             "done": self.done,
             "skipped": self.skipped,
             "failed": len(self.failed),
+            "left_out": self.left_out,
+            "targets_missed": self.missed,
             "bytes_before": self.before,
             "bytes_after": self.after,
             "seconds": round(seconds, 3),
@@ -146,12 +158,12 @@ def outcomes(
     watch: from the name of a file to a context in which the work on it, here, tells its progress.
     """
     if pool:
-        yield from spread(work, jobs, lambda job: read_file(job.source), pool)
+        yield from spread(work, jobs, begin, pool)
         return
     for job in jobs:
 
         def outcome(job: Job = job) -> tuple[int, Made]:
-            data = read_file(job.source)
+            data = begin(job)
             with watch(job.source) as progress:
                 return len(data), work(codec, data, progress)
 
@@ -286,9 +298,19 @@ _codec: Codec | None = None  # of this process, if it is a worker
 def _begin(weights: str | None, device: str) -> None:
     """A worker's first act."""
     global _codec
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, without a word
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _codec = _codec or Codec.load(weights, device)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, killed perhaps: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(work: Work, data: bytes) -> Made:
