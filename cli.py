@@ -241,14 +241,14 @@ def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions", stric
     alone = len(plan.jobs) == 1 and not (plan.skipped or plan.folders)
     lines = not (options.as_json or options.quiet) and (options.verbose or not plan.folders)
     _tell_plan(plan, tally, options)
-    with contextlib.ExitStack() as stack:
-        watch: Watch = _no_bar if options.quiet else _bar
-        advance: Callable[[Job, Tally], None] = lambda *_: None  # noqa: E731
-        if not (alone or options.quiet):
-            watch, advance = stack.enter_context(_whole_bar(plan.jobs))
-        each = outcomes(work, plan.jobs, codec, _pool(codec, plan, options), watch)
-        stack.enter_context(contextlib.closing(each))  # whatever happens, no worker stays
-        try:
+    try:
+        with contextlib.ExitStack() as stack:
+            watch: Watch = _no_bar if options.quiet else _bar
+            advance: Callable[[Job, Tally], None] = lambda *_: None  # noqa: E731
+            if not (alone or options.quiet):
+                watch, advance = stack.enter_context(_whole_bar(plan.jobs))
+            each = outcomes(work, plan.jobs, codec, _pool(codec, plan, options), watch)
+            stack.enter_context(contextlib.closing(each))  # whatever happens, no worker stays
             for job, outcome in each:
                 try:
                     with blame(title(job.source)):
@@ -269,12 +269,12 @@ def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions", stric
                 if options.as_json:
                     _echo(json.dumps({"file": job.source, "output": job.target, **facts}))
                 advance(job, tally)
-        except KeyboardInterrupt as stop:
-            if not alone:
-                how = "with --resume instead of -f" if options.force else "with --resume"
-                progress = f" after {tally.done} of {len(plan.jobs)} files: give the same command {how} to go on"
-                raise _Stop(getattr(stop, "code", _INTERRUPTED), progress) from stop
+    except KeyboardInterrupt as stop:
+        if alone:
             raise
+        how = "with --resume instead of -f" if options.force else "with --resume"
+        progress = f" after {tally.done} of {len(plan.jobs)} files: give the same command {how} to go on"
+        raise _Stop(getattr(stop, "code", _INTERRUPTED), progress) from stop
     if options.as_json and not alone:
         _echo(json.dumps({"summary": tally.facts()}))
     elif not (alone or options.quiet):
