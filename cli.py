@@ -721,8 +721,10 @@ def info(
       level           quality level, from 1
       bpp             bits per pixel: 8 x bytes / (width x height)
       fingerprint     of the model that wrote the file, hexadecimal
-      chunks          bytes of each one present: grid1 (the coarsest), grid2, ...,
-                      alpha, icc, exif, xmp
+      chunks          bytes of each one present: grid1 (the coarsest, top),
+                      grid2 (bottom), ..., alpha, icc, exif, xmp
+      camera, date    from EXIF, where it has them
+      profile         name of the ICC profile, where it has one
 
     Damage to structure and metadata is noticed, damage to the picture itself only by decode.
 
@@ -768,7 +770,7 @@ def _facts(data: bytes) -> dict[str, Any]:
     header = parts.header
     contents = {f"grid{k}": grid for k, grid in enumerate(parts.grids, start=1)}
     contents |= {name: getattr(parts, name) for name in container.OPTIONAL_CHUNKS}
-    return {
+    facts = {
         "bytes": len(data),
         "version": container.VERSION,
         "width": header.width,
@@ -779,6 +781,11 @@ def _facts(data: bytes) -> dict[str, Any]:
         "fingerprint": header.fingerprint.hex(),
         "chunks": {name: len(content) for name, content in contents.items() if content is not None},
     }
+    if parts.exif or parts.icc:
+        from vqcodec.about import metadata_facts  # needs Pillow
+
+        facts |= metadata_facts(parts.exif, parts.icc)
+    return facts
 
 
 def _show_facts(facts: dict[str, Any]) -> None:
@@ -791,11 +798,17 @@ def _show_facts(facts: dict[str, Any]) -> None:
     table.add_row("quality", "level {level}".format(**facts))
     table.add_row("file", "{bytes:,} bytes, {bpp:.3f} bpp, format version {version}".format(**facts))
     table.add_row("model", facts["fingerprint"])
+    for name in ("camera", "date", "profile"):
+        if name in facts:
+            table.add_row(name, Text(_printable(facts[name])))
     for name, size in facts["chunks"].items():
-        table.add_row(name, f"{size:,} bytes")
+        table.add_row(name, f"{size:,} bytes{_GRIDS.get(name, '') if 'grid3' not in facts['chunks'] else ''}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text(_printable(title(facts["file"])), "bold"))
     console.print(table)
+
+
+_GRIDS = {"grid1": ", top: what is where", "grid2": ", bottom: the details"}
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -831,18 +844,21 @@ def compare(
       vqcodec compare photo.png                 writes photo.html
       vqcodec compare photo.png -q 2 -q 4.5 -o page.html
 
-    The page holds everything: the original, then for every quality the .vq2 file's picture and what the others
-    make of at most as many bytes, each with its size, its PSNR and, where libjxl's program ssimulacra2 is
-    installed, its SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
+    The page holds everything: a slider between any two pictures, the original, then for every quality the .vq2
+    file's picture and what the others make of at most as many bytes, each with its quality, size, PSNR and, where
+    libjxl's program ssimulacra2 is installed, SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
     """
     plan = plan_jobs([picture], out, ".html", force)
     source, target = plan.jobs[0].source, plan.jobs[0].target
     data = read_file(source)
     codec = _load(weights, device)
     _check_qualities(codec, qualities)
+    from vqcodec.formats import register_plugins
     from vqcodec.image import read
     from vqcodec.look import compare as rows_of
-    from vqcodec.look import page
+    from vqcodec.look import page, source_facts
+
+    register_plugins()
 
     with blame(title(source)), _bar(source) as progress:
         original, rows = read(data, max_pixels), []
@@ -850,7 +866,8 @@ def compare(
             rows.append(row)
             if progress:
                 progress(len(rows) / len(qualities))
-    write_file(target, page(os.path.basename(source), original, rows), force)
+    facts = source_facts(data, original)
+    write_file(target, page(storage.split(source)[1], original, rows, facts), force)
     _warn(title(source), original.notes)
 
 
@@ -870,7 +887,13 @@ class _Dimensions(click.ParamType):
 @click.option("--size", metavar="WxH", type=_Dimensions(), default="256x256", help="In pixels.")
 @_quality
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Of the first; others count on.")
-@click.option("--temperature", metavar="T", type=_positive, default=1.0, help="Below 1 for what is more likely.")
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=_positive,
+    default=0.8,
+    help="1 for the model's own odds, less for what is more likely: calmer, to a point more like a photo.",
+)
 @click.option("--top-from", metavar="VQ2", type=click.Path(), help="Keep this file's coarse grid, size and level.")
 @_force
 @_device

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import Image, ImageCms
 
 import cli
 from vqcodec import __version__
@@ -624,8 +624,38 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
     assert rgba["mode"] == "RGBA" and list(rgba["chunks"]) == ["grid1", "grid2", "alpha"]
 
 
-def test_the_help_of_info_names_every_field() -> None:
-    facts = json.loads(run("info", "--json", "file.vq2").stdout)
+def described(name: str) -> None:
+    """A picture that says who made it."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0132] = "Maker", "Maker X\x1b[2J", "2024:05:01 11:00:00"
+    exif.get_ifd(0x8769)[0x9003] = "2024:05:01 10:30:00"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture().save(name, exif=exif, icc_profile=profile)
+
+
+def test_info_tells_camera_date_and_profile_and_which_grid_is_which(encode: Command) -> None:
+    described("photo.png")
+    succeeded(encode("photo.png"))
+    facts = json.loads(run("info", "--json", "photo.vq2").stdout)
+    assert (facts["camera"], facts["date"]) == ("Maker X\x1b[2J", "2024-05-01 10:30:00")
+    assert facts["profile"] == "sRGB built-in"
+    out = succeeded(run("info", "photo.vq2")).stdout
+    for line in ("camera +Maker X\\?\\[2J", "date +2024-05-01 10:30:00", "profile +sRGB built-in"):
+        assert re.search(f"^ *{line} *$", out, re.MULTILINE), out
+    assert re.search(r"grid1 .* bytes, top: ", out) and re.search(r"grid2 .* bytes, bottom: ", out)
+
+
+@pytest.mark.parametrize("exif, icc", [(b"II*\0", b"no"), (b"MM\0*\0\0\0\x08\xff\xff", b"\0" * 200), (b"", None)])
+def test_broken_metadata_says_nothing_about_a_picture(exif: bytes, icc: bytes | None) -> None:
+    from vqcodec.about import metadata_facts
+
+    assert metadata_facts(exif, icc) == {}
+
+
+def test_the_help_of_info_names_every_field(encode: Command) -> None:
+    described("photo.png")
+    succeeded(encode("photo.png"))
+    facts = json.loads(run("info", "--json", "photo.vq2").stdout)
     fields = run("info", "--help").stdout.split("Fields of the JSON object:")[1]
     for field in (*facts, *facts["chunks"]):
         assert re.search(rf"\b{field}\b", fields)

@@ -288,7 +288,10 @@ def test_a_disk_that_fills_up_names_the_picture(here: Path, photos: Path, monkey
 HEIC = b"\0\0\0\x18ftypheic"
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_named(here: Path, photos: Path) -> None:
+def test_pictures_that_cannot_be_read_are_counted_and_named(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_picture_endings", lambda: {".png", ".jpg", ".webp"})  # plugins or not
     for name in ("trip/b.DNG", "c.NEF", "e.svg"):
         (photos / name).write_bytes(b"II*\0")
     for name in ("d.HEIC", "heic"):
@@ -297,8 +300,6 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(here: Path, photos: 
     (photos / "noending").write_bytes(png())
     result = encode("photos", "-o", "out", "-q", 2)
     assert tree(here / "out") == sorted([*PICTURES, "noending.vq2"])
-    if "HEIC" not in result.stderr:
-        pytest.skip("this Pillow reads HEIC")
     named = [f"photos/{name}" for name in ("c.NEF", "d.HEIC", "e.svg", "heic", "trip/b.DNG")]
     advice = "develop raw files first, HEIC needs pip install 'vqcodec[heif]'"
     assert f"warning: 5 files left out, as they cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
@@ -309,6 +310,16 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(here: Path, photos: 
     (here / "raw").mkdir()
     (here / "raw" / "a.NEF").write_bytes(b"")
     refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 that look like it cannot be read: develop raw")
+
+
+def test_pictures_of_phones_are_read_where_the_package_for_them_is_installed(here: Path, photos: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    (here / "phone").mkdir()
+    Image.open(PHOTO).convert("RGB").resize((64, 48)).save(here / "phone" / "a.HEIC", "HEIF")
+    os.link(here / "phone" / "a.HEIC", here / "phone" / "b")
+    assert "2 done, 0 skipped, 0 failed\n" in succeeded(encode("phone", "-o", "out", "-q", 2)).stdout
+    assert size_of(here / "out" / "a.vq2") == size_of(here / "out" / "b.vq2") == (64, 48)
 
 
 # --- how much is said ---
@@ -476,6 +487,14 @@ def test_samples_are_named_by_their_seeds_and_come_again(here: Path) -> None:
     assert warm != codec_sample(Codec.load(), 0.1)
 
 
+def test_samples_are_calmer_than_the_model_s_odds_unless_one_asks(here: Path, codec: Codec) -> None:
+    args = ["sample", "--size", "48x32", "-q", 2]
+    succeeded(run(*args, "-o", "calm"))
+    succeeded(run(*args, "-o", "odds", "--temperature", 1))
+    calm, odds = (Image.open(f"{folder}/sample-0.png").tobytes() for folder in ("calm", "odds"))
+    assert calm == codec_sample(codec, 0.8) and odds == codec_sample(codec, 1.0)
+
+
 def codec_sample(codec: Codec, temperature: float) -> bytes:
     return codec.sample(48, 32, 2, temperature=temperature).tobytes()
 
@@ -516,6 +535,10 @@ def test_compare_writes_one_page_with_everything_in_it(photo: Path) -> None:
     assert titles[0] == "original" and titles.count("JPEG") == titles.count("WEBP") == 2
     assert "vq2, quality 1" in titles and "vq2, quality 2.5" in titles
     assert page.count("<img") == len(titles) and "http" not in page
+    size = os.path.getsize("photo.png")
+    assert f"<b>original</b><br>PNG, 192 x 160 pixels, {size:,} bytes" in page
+    assert len(re.findall(r"<b>(JPEG|WEBP)</b>, quality \d+<br>", page)) == 4
+    assert page.count('<figure data-name="JPEG, quality ') == 2 and 'id="slider"' in page
     sizes = [int(size.replace(",", "")) for size in re.findall(r"<br>([\d,]+) bytes, [\d.]+ bpp<br>PSNR \d+", page)]
     assert len(sizes) == len(titles) - 1
     refused(run("compare", "photo.png", "-q", 1), "photo.html: exists already")
@@ -544,9 +567,9 @@ def test_rivals_are_as_large_as_they_can_be_without_being_larger(photo: Path) ->
     pixels = np.asarray(Image.open(photo).convert("RGB"))
     files = [_file(pixels, "JPEG", quality=quality) for quality in range(101)]
     wanted = len(files[40]) + 1
-    found = len(_nearest(pixels, "JPEG", {}, wanted))
-    assert found <= wanted and found >= len(files[39])
-    assert len(_nearest(pixels, "JPEG", {}, 1)) == len(files[0])
+    quality, found = _nearest(pixels, "JPEG", {}, wanted)
+    assert found == files[quality] and len(files[39]) <= len(found) <= wanted
+    assert _nearest(pixels, "JPEG", {}, 1) == (0, files[0])
 
 
 def test_info_draws_the_grids_and_their_bits(photo: Path, codec: Codec) -> None:
