@@ -103,13 +103,13 @@ class Crops:
                 )
             root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
             chances.append(root / root.sum() * share)
-            shapes.append(cache.shapes + np.array([sum(lengths), 0, 0]))
-            lengths.append(len(cache.pixels))
+            shapes.append(cache.shapes // np.array([3, 1, 1]) + np.array([sum(lengths), 0, 0]))
+            lengths.append(len(cache.pixels) // 3)
         self.chances = torch.from_numpy(np.concatenate(chances)).to(device)
         self.shapes = torch.from_numpy(np.concatenate(shapes)).to(device)
-        self.pixels = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        self.pixels = torch.empty(sum(lengths), 3, dtype=torch.uint8, device=device)
         for cache, part in zip((cache for cache, _ in folders), self.pixels.split(lengths), strict=True):
-            part.copy_(torch.tensor(np.asarray(cache.pixels)))
+            part.copy_(torch.tensor(np.asarray(cache.pixels)).view(-1, 3))
 
     def draw(self, batch: int, size: int) -> Tensor:
         """(batch, 3, size, size) in 0..1, channels last, by the device's random numbers."""
@@ -124,8 +124,8 @@ class Crops:
         # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
         ahead = torch.arange(int(SHRINK * size), device=device)
         rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
-        place = offset[:, None, None] + 3 * (rows[:, :, None] * sides[:, 1, None, None] + columns[:, None])
-        patch = self.pixels[place[..., None] + torch.arange(3, device=device)].float()
+        place = offset[:, None, None] + rows[:, :, None] * sides[:, 1, None, None] + columns[:, None]
+        patch = self.pixels.index_select(0, place.flatten()).view(*place.shape, 3).float()
         flip = uniform(batch, device) < 0.5
         down, across = resampling(scale, span, size, torch.zeros_like(flip)), resampling(scale, span, size, flip)
         small = torch.einsum("bir,brsc->bisc", down, patch)
