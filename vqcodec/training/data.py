@@ -14,7 +14,6 @@ from vqcodec.image import read
 
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SHRINK = 2.0  # half of the crops show up to so many times the side of the others
-LOBES = 3.0  # of the Lanczos window that they are scaled with
 FLAT = 0.02  # share of the crops of which a part gets one colour: margins and backgrounds are rare in photographs
 
 
@@ -151,12 +150,13 @@ def uniform(n: int, device: torch.device) -> Tensor:
 
 
 def resampling(scale: Tensor, span: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: a windowed
-    sinc (Lanczos), exact copies where scale (B,) is 1. flip: (B,), from right to left."""
+    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: the cubic of
+    Keys (1981), stretched by scale (B,); exact copies where that is 1. flip: (B,), from right to left."""
     at = torch.arange(size, device=scale.device)
     at = torch.where(flip[:, None], size - 1 - at, at)
     source = torch.arange(int(SHRINK * size), device=scale.device)
     centre = (at + 0.5) * scale[:, None] - 0.5
-    t = (source - centre[:, :, None]) / scale[:, None, None]
-    weight = torch.sinc(t) * torch.sinc(t / LOBES) * ((t.abs() < LOBES) & (source < span[:, None, None]))
-    return weight / weight.sum(-1, keepdim=True)
+    t = (source - centre[:, :, None]).abs_().div_(scale[:, None, None]).clamp_(max=2)
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+    weight = torch.where(t < 1, near, far).mul_(source < span[:, None, None])
+    return weight.div_(weight.sum(-1, keepdim=True))
