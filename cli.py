@@ -292,8 +292,8 @@ def _tell_plan(plan: Plan, tally: "Tally", options: "_FileOptions") -> None:
         named = plan.left_out if options.verbose else plan.left_out[:5]
         names, more, hint = ", ".join(named), len(plan.left_out) - len(named), advice(plan.left_out)
         names += f" and {more} more (-v names them)" if more else ""
-        what = f"left out, as they cannot be read: {names}"
-        _complain(f"warning: {len(plan.left_out)} files " + (f"{what}: {hint}" if hint else what))
+        count = "1 file is" if len(plan.left_out) == 1 else f"{len(plan.left_out)} files are"
+        _complain(f"warning: {count} left out that cannot be read: {names}" + (f": {hint}" if hint else ""))
     if options.verbose and not options.as_json:
         for job in plan.skipped:
             _echo(f"{_printable(job.target)}  is up to date")
@@ -758,7 +758,7 @@ def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Code
     from vqcodec.look import draw_grids
 
     drawn = BytesIO()
-    with blame(title(source)):
+    with blame(title(source)), _bar(source):
         draw_grids(codec, data, max_pixels).save(drawn, "PNG")
     write_file(target, drawn.getbuffer(), force)
 
@@ -931,7 +931,7 @@ def sample(
     codec = _load(weights, device)
     _check_qualities(codec, [quality] if top is None else [])
     for n, target in targets.items():
-        with blame(title(top_from or target)):
+        with blame(title(top_from or target)), _bar(target):
             if top is None:
                 drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
             else:
@@ -939,7 +939,7 @@ def sample(
         encoded = BytesIO()
         drawn.save(encoded, "PNG")
         write_file(target, encoded.getbuffer(), force)
-        click.echo(_printable(target))
+        _echo(_printable(target))
 
 
 @main.command(epilog=_EXIT_CODES)

@@ -15,6 +15,7 @@ RAW = {
 HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 JPEG_XL = {".jxl"}
 OTHERS = {".exr", ".hdp", ".hdr", ".jxr", ".kra", ".svg", ".svgz", ".wdp", ".xcf"}
+_PICTURES = RAW | HEIF | JPEG_XL | OTHERS
 
 _ADVICE = (
     (RAW, "develop raw files first"),
@@ -53,16 +54,15 @@ def register_plugins() -> None:
 
 def look_closer(folder: str, names: Sequence[str], endings: Collection[str]) -> tuple[list[str], list[str]]:
     """Of files whose endings are not among those that can be read: pictures without an ending that can be read all the
-    same, and pictures that cannot."""
+    same, and pictures that cannot. What follows the last dot of "2026.11.26" is no ending either."""
     readable, others = [], []
     for name in names:
         ending = os.path.splitext(name)[1].lower()
-        if not ending:
+        if ending not in _PICTURES and not ending[1:].isalpha():
             ending = _ending_by_content(storage.join(folder, name))
-            if ending in endings:
-                readable.append(name)
-                continue
-        if ending in RAW | HEIF | JPEG_XL | OTHERS:
+        if ending in endings:
+            readable.append(name)
+        elif ending in _PICTURES:
             others.append(name)
     return readable, others
 
