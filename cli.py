@@ -25,6 +25,7 @@ from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
 if TYPE_CHECKING:
     from vqcodec.batch import Made, Pool, Work
     from vqcodec.codec import Codec
+    from vqcodec.image import Strip
     from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
 
@@ -512,6 +513,9 @@ _engine = click.option(
     help="Where the jobs run: here, or on a Ray cluster.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object per file, on a line of its own.")
+_strip = click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
+_keep_icc = click.option("--keep-icc", is_flag=True, help="With --strip: keep the ICC profile, and the colours in it.")
+_strip_gps = click.option("--strip-gps", is_flag=True, help="Leave out where it was taken (GPS in EXIF and XMP) alone.")
 _max_pixels = click.option(
     "--max-pixels",
     metavar="N",
@@ -545,6 +549,19 @@ def main() -> None:
         warnings.simplefilter("ignore")  # Pillow's, of what becomes an error or a warning of ours
 
 
+class _Colour(click.ParamType):
+    name = "colour"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        from PIL import ImageColor
+
+        try:
+            red, green, blue, *_ = ImageColor.getrgb(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a colour: write it like white, #f0f0f0 or 'rgb(240, 240, 240)'", param, ctx)
+        return red, green, blue
+
+
 class _Size(click.ParamType):
     name = "size"
 
@@ -574,7 +591,10 @@ _positive = click.FloatRange(0, min_open=True)
     default=DEFAULT_EFFORT,
     help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
-@click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
+@_strip
+@_keep_icc
+@_strip_gps
+@click.option("--lenient", is_flag=True, help="Take what is there of truncated JPEG and PNG files, with a warning.")
 @_force
 @_resume
 @_jobs
@@ -594,6 +614,9 @@ def encode(
     target_psnr: float | None,
     effort: int,
     strip: bool,
+    keep_icc: bool,
+    strip_gps: bool,
+    lenient: bool,
     force: bool,
     resume: bool,
     jobs: int | None,
@@ -616,19 +639,28 @@ def encode(
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
       vqcodec encode - -o - < photo.png > photo.vq2
 
-    INPUT may have any format that Pillow reads. Size, grey or colour, transparency, ICC profile, EXIF and XMP
-    are kept. A warning tells what is changed or dropped, such as 16-bit samples, CMYK and further frames.
+    INPUT may have any format that Pillow reads, HEIC with the package pillow-heif, and JPEG XL with
+    pillow-jxl-plugin. Size, grey or colour, transparency, ICC profile, EXIF, XMP and resolution are kept. A warning
+    tells what is changed or dropped, such as 16-bit samples, CMYK and further frames. Colours under full
+    transparency are not kept, and they do not count in --target-psnr. Raw photographs are refused.
 
     A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
     the file at different qualities. If no quality meets it, the nearest is written, with a warning.
     """
     target = _target(ctx, {"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
+    what = _stripping(strip, keep_icc, strip_gps)
     plan = _plan_for(inputs, out, ".vq2", force, resume, as_json, _picture_endings)
     codec = _load(weights, device, jobs)
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Encode(quality, target, what, effort, max_pixels, lenient), plan, codec, weights, engine, jobs, force, as_json)
+
+
+def _stripping(strip: bool, keep_icc: bool, strip_gps: bool) -> "Strip":
+    if keep_icc and not strip:
+        raise click.UsageError("--keep-icc goes with --strip: without that, the ICC profile is kept anyway")
+    return "keep-icc" if keep_icc else strip or ("gps" if strip_gps else False)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -678,6 +710,27 @@ def _plan_for(
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
 @_inputs
 @_out
+@click.option(
+    "--format", metavar="FORMAT", help="png, jpeg, webp, avif, tiff, bmp or ppm.  [default: as OUT ends, or png]"
+)
+@click.option(
+    "-q",
+    "--quality",
+    metavar="Q",
+    type=click.IntRange(1, 100),
+    help="Of JPEG, WebP and AVIF, from 1 to 100.  [default: 95; WebP: lossless]",
+)
+@click.option(
+    "--subsampling",
+    type=click.Choice(["4:4:4", "4:2:2", "4:2:0"]),
+    help="Of colour in JPEG and AVIF.  [default: 4:4:4]",
+)
+@click.option(
+    "--background", metavar="COLOUR", type=_Colour(), help="Put transparent pictures on it: white, #f0f0f0, ..."
+)
+@_strip
+@_keep_icc
+@_strip_gps
 @click.option("--preview", is_flag=True, help="Only the coarse grid: quick, blurred, unverified.")
 @_force
 @_resume
@@ -690,6 +743,13 @@ def _plan_for(
 def decode(
     inputs: tuple[str, ...],
     out: str | None,
+    format: str | None,
+    quality: int | None,
+    subsampling: str | None,
+    background: tuple[int, int, int] | None,
+    strip: bool,
+    keep_icc: bool,
+    strip_gps: bool,
     preview: bool,
     force: bool,
     resume: bool,
@@ -708,27 +768,35 @@ def decode(
       vqcodec decode photo.vq2 -o photo.jpg     or .webp, .avif, .tiff, .bmp, .ppm
       vqcodec decode --preview half.vq2         what a truncated file still shows
       vqcodec decode small/ -o pictures/        a PNG file for each, the same tree
+      vqcodec decode --format jpg -q 85 small/ -o pictures/
+      vqcodec decode --background white logo.vq2 -o logo.jpg
       vqcodec decode - -o - < photo.vq2 > photo.png
 
-    The format is the one that the name of OUT ends in, or else PNG. A warning tells what it cannot hold. A
-    damaged file is refused: it never becomes a wrong picture.
+    The format is --format, or the one that the name of OUT ends in, or else PNG. A warning tells what it cannot hold;
+    only a transparent picture is refused where there is no transparency, unless there is a --background. A damaged
+    file is refused: it never becomes a wrong picture.
 
     --preview needs the beginning of the file only, as far as the end of its first grid; of a truncated file it shows
     no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
     first grid is mostly noticed, but not always.
     """
-    plan = _plan_for(inputs, out, ".png", force, resume, as_json, lambda: {".vq2"})
-    format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
+    what = _stripping(strip, keep_icc, strip_gps)
+    suffix = f".{format.lower()}" if format else ".png"
+    plan = _plan_for(inputs, out, suffix, force, resume, as_json, lambda: {".vq2"})
+    if format is None:  # several targets end alike
+        format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""
     from PIL import Image
 
-    from vqcodec.image import from_pil, save
+    from vqcodec.image import from_pil
+    from vqcodec.output import Options, save
 
+    options = Options(quality, subsampling, background)
     with _blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
-        save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format)
+        save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format, options)
     codec = _load(weights, device, jobs)
     from vqcodec.batch import Decode
 
-    _do(Decode(format, preview, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Decode(format, preview, max_pixels, what, options), plan, codec, weights, engine, jobs, force, as_json)
 
 
 @main.command(epilog=_EXIT_CODES)

@@ -291,7 +291,11 @@ BAD_PICTURES = {
     "not an image": (b"#!/bin/sh\n", "bad: not an image"),
     "empty": (b"", "bad: the file is empty"),
     "truncated": (png()[:-200], "bad: the image cannot be decoded, it is truncated or damaged"),
-    "a .vq2 file": (b"\xf6VQ2\1", "bad: not an image"),
+    "a .vq2 file": (b"\xf6VQ2\1", "bad: it is a .vq2 file already: decode it"),
+    "a raw photograph": (
+        b"II*\0\x10\0\0\0CR\2\0" + bytes(64),
+        "bad: of a raw photograph only a small preview can be read",
+    ),
     "pixel bomb": (huge_png(60000, 60000), "bad: the image has 60000 x 60000 = 3600000000 pixels"),
 }
 

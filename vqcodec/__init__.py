@@ -1,6 +1,6 @@
 """vqcodec: a learned image codec whose files decode to the same indices on every machine.
 
->>> data = vqcodec.encode(image, quality=5)   # PIL image or uint8 array -> bytes of a .vq2 file
+>>> data = vqcodec.encode(image, quality=5)   # PIL image, uint8 array or picture file -> bytes of a .vq2 file
 >>> image = vqcodec.decode(data)              # -> PIL image
 >>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vqcodec.codec import Codec
-    from vqcodec.image import Picture
+    from vqcodec.image import Picture, Source, Strip
     from vqcodec.targets import Reached, Target
 
 __version__ = "0.1.0"
@@ -48,10 +48,10 @@ def _codec(device: str) -> "Codec":
 
 
 def encode(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     quality: float = DEFAULT_QUALITY,
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> bytes:
@@ -60,10 +60,10 @@ def encode(
 
 
 def encode_to(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     target: "Target",
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> "Reached":
@@ -75,7 +75,7 @@ def encode_to(
 
 
 def decode(
-    data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
+    data: "Source", *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
     return _codec(device).decode(data, preview=preview, max_pixels=max_pixels)
