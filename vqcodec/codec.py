@@ -1,6 +1,7 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -94,7 +95,8 @@ class Codec:
         and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
         are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
-        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
+        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept; whatever else is
+        lost of an image is a warning.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
         picture = image if isinstance(image, Picture) else _picture(image)
@@ -119,7 +121,7 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
         than ``max_pixels`` pixels.
         """
-        return to_pil(decode_picture(self, contents(data), max_pixels, progress, preview))
+        return to_pil(_with_warnings(decode_picture(self, contents(data), max_pixels, progress, preview), 3))
 
     def encode_to(
         self,
@@ -226,10 +228,17 @@ class Codec:
 
 def _picture(image: Any) -> Picture:
     if isinstance(image, Image.Image):
-        return from_pil(image)
+        return _with_warnings(from_pil(image), 4)
     if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
-        return read(image)
+        return _with_warnings(read(image), 4)
     return from_array(np.asarray(image))
+
+
+def _with_warnings(picture: Picture, depth: int) -> Picture:
+    """The picture, after a warning for each of its notes. depth: of the codec's caller, as `warnings` counts."""
+    for note in picture.notes:
+        warnings.warn(note, stacklevel=depth)
+    return picture
 
 
 class PictureEncoder:

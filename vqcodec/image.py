@@ -67,9 +67,10 @@ def read(file: Source, max_pixels: int = DEFAULT_MAX_PIXELS, *, lenient: bool = 
         raise ImageError("the file is empty: it has no image in it")
     try:
         return _read(data, max_pixels)
-    except TruncatedError:
+    except TruncatedError as error:
         if not lenient:
-            raise
+            hint = ": --lenient takes what is there" if data.startswith(source.COMPLETABLE) else ""
+            raise ImageError(f"{error}{hint}") from error
         try:
             completed = source.completed(data)
         except zlib.error:  # not only truncated

@@ -89,7 +89,9 @@ def save(
     elif picture.colour.has_alpha and name in _WITHOUT_ALPHA:
         picture = without_opaque_alpha(picture)
         if picture.colour.has_alpha:
-            raise ImageError(f"{name} cannot hold this picture's alpha channel: choose PNG or WebP, or a background")
+            raise ImageError(
+                f"{name} cannot hold this picture's alpha channel: choose PNG or WebP, or give a --background"
+            )
 
     known = len(picture.notes)
     if name in _WITH_RESOLUTION:

@@ -36,12 +36,14 @@ def refuse_other_kinds(data: bytes) -> None:
         raise ImageError(DEVELOP)
     if data.startswith(VQ2_MAGIC) and "VQ2" not in Image.OPEN:
         raise ImageError("it is a .vq2 file already: decode it first")
-    for format, starts, package in (
-        ("HEIF", b"heic" in brands or b"heix" in brands, "pillow-heif"),
-        ("JXL", data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "pillow-jxl-plugin"),
+    for format, starts in (
+        ("HEIF", b"heic" in brands or b"heix" in brands),
+        ("JXL", data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
     ):
         if starts and not plugged(format):
-            raise ImageError(f"to read {format} files, install a decoder (pip install {package}), or convert it first")
+            raise ImageError(
+                f"{format} needs a decoder: pip install 'vqcodec[{format.lower()}]', or convert the file first"
+            )
 
 
 def plugged(format: str) -> bool:
@@ -435,6 +437,8 @@ def _packed(kind: bytes, content: bytes) -> tuple[bytes, bytes] | None:
 
 
 # --- truncated ---
+
+COMPLETABLE = (b"\xff\xd8", PNG_MAGIC)
 
 
 def completed(data: bytes) -> bytes | None:
