@@ -452,7 +452,9 @@ def test_bad_targets_are_bad_usage(photo: Path, args: list[str]) -> None:
 
 
 def test_a_preview_shows_a_file_that_is_cut_off_behind_its_first_grid(photo: Path, codec: Codec) -> None:
-    Image.open(photo).convert("RGBA").save("photo.png")
+    image = Image.open(photo).convert("RGBA")
+    image.putalpha(100)
+    image.save("photo.png")
     succeeded(encode("photo.png", "-q", 2))
     data = Path("photo.vq2").read_bytes()
     succeeded(run("decode", "--preview", "photo.vq2", "-o", "whole.png"))
