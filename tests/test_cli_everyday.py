@@ -243,7 +243,9 @@ def test_a_pipe_in_a_folder_is_left_out_by_name(here: Path, photos: Path) -> Non
     os.mkfifo(photos / "trip" / "other")
     result = encode("photos", "-o", "out", "-q", 2)
     assert tree(here / "out") == PICTURES
-    assert "warning: 1 files left out, as they cannot be read: photos/trip/pipe.png\n" in result.stderr
+    assert (
+        "warning: 1 file is left out that cannot be read: photos/trip/pipe.png (a pipe or the like)\n" in result.stderr
+    )
     assert "2 failed, 1 left out" in result.stdout
 
 
@@ -297,12 +299,14 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(
     for name in ("d.HEIC", "heic"):
         (photos / name).write_bytes(HEIC)
     (photos / "Makefile").write_text("all:")
-    (photos / "noending").write_bytes(png())
+    for name in ("noending", "2026.11.26", "2026.11.27"):
+        (photos / name).write_bytes(png())
+    (photos / "2026.11.28").write_bytes(b"a diary")
     result = encode("photos", "-o", "out", "-q", 2)
-    assert tree(here / "out") == sorted([*PICTURES, "noending.vq2"])
+    assert tree(here / "out") == sorted([*PICTURES, "noending.vq2", "2026.11.26.vq2", "2026.11.27.vq2"])
     named = [f"photos/{name}" for name in ("c.NEF", "d.HEIC", "e.svg", "heic", "trip/b.DNG")]
     advice = "develop raw files first, HEIC needs pip install 'vqcodec[heif]'"
-    assert f"warning: 5 files left out, as they cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
+    assert f"warning: 5 files are left out that cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
     assert "2 failed, 5 left out" in result.stdout
     (photos / "f.jxr").write_bytes(b"")
     assert "photos/heic and 1 more (-v names them)" in encode("photos", "-o", "out", "-q", 2, "-f").stderr
@@ -448,7 +452,9 @@ def test_bad_targets_are_bad_usage(photo: Path, args: list[str]) -> None:
 
 
 def test_a_preview_shows_a_file_that_is_cut_off_behind_its_first_grid(photo: Path, codec: Codec) -> None:
-    Image.open(photo).convert("RGBA").save("photo.png")
+    image = Image.open(photo).convert("RGBA")
+    image.putalpha(100)
+    image.save("photo.png")
     succeeded(encode("photo.png", "-q", 2))
     data = Path("photo.vq2").read_bytes()
     succeeded(run("decode", "--preview", "photo.vq2", "-o", "whole.png"))

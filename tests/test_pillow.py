@@ -76,6 +76,8 @@ def test_save_round_trip(codec: Codec, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode, back", [("1", "L"), ("L", "L"), ("P", "RGB"), ("LA", "LA"), ("RGBA", "RGBA")])
 def test_modes(mode: str, back: str) -> None:
     image = Image.open(PHOTO).resize((40, 30)).convert(mode)
+    if "A" in mode:
+        image.putalpha(100)
     with Image.open(io.BytesIO(saved(image))) as again:
         assert (again.mode, again.size) == (back, (40, 30))
 

@@ -1,6 +1,6 @@
 """vqcodec: a learned image codec whose files decode to the same indices on every machine.
 
->>> data = vqcodec.encode(image, quality=5)   # PIL image or uint8 array -> bytes of a .vq2 file
+>>> data = vqcodec.encode(image, quality=5)   # PIL image, uint8 array or picture file -> bytes of a .vq2 file
 >>> image = vqcodec.decode(data)              # -> PIL image
 >>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
 
@@ -10,8 +10,6 @@ are VqcodecErrors.
 
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitstream.container import DEFAULT_MAX_PIXELS
@@ -26,6 +24,7 @@ from bitstream.errors import (
     ModelMismatchError,
     NotVq2Error,
     StorageError,
+    TruncatedError,
     UnsupportedVersionError,
     UsageError,
     VqcodecError,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vqcodec.codec import Codec
-    from vqcodec.image import Picture
+    from vqcodec.image import Picture, Source, Strip
     from vqcodec.targets import Reached, Target
 
 __version__ = "0.1.0"
@@ -55,6 +54,7 @@ __all__ = [
     "NotVq2Error",
     "StorageError",
     "Target",
+    "TruncatedError",
     "UnsupportedVersionError",
     "UsageError",
     "VqcodecError",
@@ -102,46 +102,23 @@ def _codec(device: str) -> "Codec":
     return _default[device]
 
 
-def _picture(image: "Image.Image | ArrayLike | Picture", strip: bool) -> "Picture":
-    """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
-    import numpy as np
-    from PIL import Image
-
-    from vqcodec.image import Picture, from_array, from_pil, stripped
-
-    known = 0
-    if isinstance(image, Picture):
-        picture, known = image, len(image.notes)
-    else:
-        picture = from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
-    picture = stripped(picture) if strip else picture
-    _warn(picture.notes[known:], stacklevel=4)
-    return picture
-
-
-def _warn(notes: Sequence[str], stacklevel: int) -> None:
-    """stacklevel: 2 is who calls this function; it should be who calls this package."""
-    for note in notes:
-        warnings.warn(note, stacklevel=stacklevel)
-
-
 def encode(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     quality: float = DEFAULT_QUALITY,
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
-    return _codec(device).encode(_picture(image, strip), quality, effort=effort)
+    return _codec(device).encode(image, quality, strip=strip, effort=effort)
 
 
 def encode_to(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     target: "Target",
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> "Reached":
@@ -149,16 +126,11 @@ def encode_to(
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
     """
-    return _codec(device).encode_to(_picture(image, strip), target, effort=effort)
+    return _codec(device).encode_to(image, target, strip=strip, effort=effort)
 
 
 def decode(
-    data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
+    data: "Source", *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    from vqcodec.codec import decode_picture
-    from vqcodec.image import to_pil
-
-    picture = decode_picture(_codec(device), data, max_pixels, preview=preview)
-    _warn(picture.notes, stacklevel=3)
-    return to_pil(picture)
+    return _codec(device).decode(data, preview=preview, max_pixels=max_pixels)

@@ -1,5 +1,8 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
+import inspect
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +19,22 @@ from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
-from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
+from vqcodec.image import (
+    Picture,
+    Source,
+    Strip,
+    bounded_icc,
+    checked_exif,
+    contents,
+    from_array,
+    from_pil,
+    pack_alpha,
+    prepared,
+    read,
+    stripped,
+    to_pil,
+    unpack_alpha,
+)
 from vqcodec.metrics import psnr
 from vqcodec.models import kernels, refine
 from vqcodec.models.dyadic import LOGIT_BITS
@@ -64,33 +82,37 @@ class Codec:
 
     def encode(
         self,
-        image: "Image.Image | ArrayLike | Picture",
+        image: "Image.Image | ArrayLike | Picture | Source",
         quality: float = DEFAULT_QUALITY,
         *,
-        strip: bool = False,
+        strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> bytes:
         """Compress an image.
 
-        image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
-        to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
-        fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
+        image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture; or a picture file: its
+        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. strip: leave ICC, EXIF
+        and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
+        are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
+        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept; whatever else is
+        lost of an image is a warning.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
-        return PictureEncoder(self, stripped(picture) if strip else picture, effort).encode(quality, progress)
+        return PictureEncoder(self, _picture(image, strip), effort).encode(quality, progress)
 
     def decode(
         self,
-        data: bytes,
+        data: Source,
         *,
         preview: bool = False,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         progress: Progress | None = None,
     ) -> Image.Image:
         """Decompress a .vq2 file: an image of mode L, RGB, LA or RGBA with its metadata in ``info``.
+
+        data: the bytes of the file, its path, or an open file.
 
         preview: decode the coarsest grid alone, which gives a blurred image of full size in a fraction of the time, of
         a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
@@ -99,14 +121,16 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
         """
-        return to_pil(decode_picture(self, data, max_pixels, progress, preview))
+        picture = decode_picture(self, contents(data), max_pixels, progress, preview)
+        _warn(picture.notes)
+        return to_pil(picture)
 
     def encode_to(
         self,
-        image: "Image.Image | ArrayLike | Picture",
+        image: "Image.Image | ArrayLike | Picture | Source",
         target: Target,
         *,
-        strip: bool = False,
+        strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> Reached:
@@ -115,13 +139,12 @@ class Codec:
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
         strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
-        encoder = PictureEncoder(self, stripped(picture) if strip else picture, effort)
+        encoder = PictureEncoder(self, _picture(image, strip), effort)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)
             if target.kind == "psnr":
-                return data, psnr(encoder.picture.pixels, encoder.decoded())
+                return data, psnr(encoder.picture.pixels, encoder.decoded(), encoder.picture.alpha)
             scale = 8 / (encoder.width * encoder.height) if target.kind == "bpp" else 1
             return data, scale * len(data)
 
@@ -204,8 +227,29 @@ class Codec:
         return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
 
 
-def _picture(image: Any) -> Picture:
-    return from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
+def _picture(image: Any, strip: Strip) -> Picture:
+    """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
+    known = 0
+    if isinstance(image, Picture):
+        picture, known = image, len(image.notes)
+    elif isinstance(image, Image.Image):
+        picture = from_pil(image)
+    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        picture = read(image)
+    else:
+        picture = from_array(np.asarray(image))
+    picture = stripped(picture, strip)
+    _warn(picture.notes[known:])
+    return picture
+
+
+def _warn(notes: Sequence[str]) -> None:
+    """A warning for each note, in the line that called this package."""
+    depth, frame = 1, inspect.currentframe()
+    while frame and Path(frame.f_code.co_filename).parent == Path(__file__).parent:
+        depth, frame = depth + 1, frame.f_back
+    for note in notes:
+        warnings.warn(note, stacklevel=depth)
 
 
 class PictureEncoder:
@@ -222,9 +266,10 @@ class PictureEncoder:
             )
         if not 0 <= effort < len(refine.STEPS):
             raise ValueError(f"effort {effort} is not in 0..{len(refine.STEPS) - 1}")
-        self.codec, self.picture, self.cells = codec, picture, codec.cells(self.height, self.width)
+        self.codec, self.picture, self.cells = codec, prepared(picture), codec.cells(self.height, self.width)
         # Without rate the nearest codes are what was asked for.
         self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
+        picture = self.picture
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         equal = (picture.pixels == picture.pixels[..., :1]).all()
         self.colour = picture.colour.equal if equal else picture.colour
@@ -336,7 +381,8 @@ def decode_picture(
     grids = _pop_grids(codec, header, parts.grids[:1], progress) if preview else decode_indices(codec, parts, progress)
     blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
     pixels = _pixels(codec, grids, header.level - 1, (header.height, header.width), header.colour, blocks)
-    return Picture(pixels, header.colour.shown, alpha, parts.icc, parts.exif, parts.xmp, notes)
+    icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
+    return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
 
 
 def decode_indices(

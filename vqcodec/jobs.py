@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bitstream.errors import FileError, UsageError, VqcodecError
-from vqcodec import files, storage
+from vqcodec import storage
 from vqcodec.formats import advice, look_closer
 
 _REASONS = {
@@ -138,7 +138,8 @@ def _add_folder(plan: Plan, folder: str, out: str, suffix: str, endings: Collect
             known = ": ".join(filter(None, [known, advice(left_out)]))
         raise FileError(f"{folder}: no files to work on in this folder: {known}")
     plan.closed.extend(f"{os.fsdecode(error.filename)}: {reason(error)}" for error in closed)
-    plan.left_out.extend(storage.join(folder, path) for path in left_out + special)
+    plan.left_out.extend(storage.join(folder, path) for path in left_out)
+    plan.left_out.extend(f"{storage.join(folder, path)} (a pipe or the like)" for path in special)
     times = {path: storage.modified(storage.join(folder, path)) for path in paths}
     for path, name in new_names(times, suffix, out).items():
         plan.jobs.append(Job(storage.join(folder, path), storage.join(out, name), times[path]))
@@ -212,10 +213,9 @@ def _refuse_places(jobs: Sequence[Job]) -> None:
 
 
 def _check_place(job: Job) -> None:
-    path = storage.local(job.target)
-    if path is not None and path != "-":
+    if job.target != "-":
         with blame(job.target):
-            files.check_writable(path)
+            storage.check_writable(job.target)
 
 
 def refuse_clashes(jobs: Sequence[Job], force: bool) -> None:
