@@ -8,12 +8,12 @@ from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
+from vqcodec.models.wavefront import Choose, Floats, Indices, Wave, coding_tables, fill_grid
 
 import vqcodec.codec
 from benchmarks import corpus, machine
 from bitstream import container, rans
 from vqcodec import Codec
-from vqcodec.models.wavefront import Choose, Floats, Indices, Wave, coding_tables, fill_grid
 
 
 class Tally:

@@ -14,13 +14,11 @@ are compared with what there is; ``add_product`` checks itself. ``prior.Prior`` 
 import contextlib
 import hashlib
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from pickle import dumps, loads
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.core import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
@@ -41,9 +39,7 @@ from bitstream.exact import (
     TABLE_BITS,
     TABLE_TOTAL,
 )
-from bitstream.products import add_product, publish, published
-
-F = TypeVar("F", bound=Callable[..., Any])
+from bitstream.products import INTERPRETED, add_product, function, njit, publish, published
 
 ZERO = 128  # the byte of an activation of zero
 WAVES = 4  # in a ring: this one and three back
@@ -77,7 +73,7 @@ _NULL, _FLAG_BITS = _flag_table()
 # --- compiling, and keeping what is compiled ---
 
 
-class _CheckedImpl(CompileResultCacheImpl):  # type: ignore[misc]
+class _CheckedImpl(CompileResultCacheImpl):
     """Compiled code with a checksum: damaged code would crash, or worse, decode something else."""
 
     def reduce(self, compiled: Any) -> Any:
@@ -91,7 +87,7 @@ class _CheckedImpl(CompileResultCacheImpl):  # type: ignore[misc]
         return super().rebuild(context, loads(data))
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     """numba's cache of compiled code, but nothing that is wrong with it is an error: then it compiles."""
 
     _impl_class = _CheckedImpl
@@ -117,8 +113,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             self.disable()
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
-        # numba looks at this file's time alone, which says little after an update, and nothing about the files below.
-        return (*super()._index_key(signature, codegen), _sources())
+        # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
+        return (*super()._index_key(signature, codegen), _sources(), config.BOUNDSCHECK)
 
 
 def _sources() -> str:
@@ -131,20 +127,18 @@ def _sources() -> str:
 _EMBED, _QUERY, _KEY_VALUE, _ATTENTION_GATE, _BLOCKS = map(np.int64, range(5))
 _NONE, _ONE = np.int64(0), np.int64(1)
 
-# Compiling takes seconds: no function is compiled for Python that Python does not call, and those with many arguments
-# are written into the one that calls them before anything is compiled.
-_function = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Functions with many arguments are written into the one that calls them before anything is compiled, to save seconds.
 _inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 
-def _kernel(function: F) -> F:
+def _kernel(function: Any) -> Any:
     """Compiled when first called, and kept on disk where there is a place for it."""
     compiled = njit(function, nogil=True, error_model="numpy")
-    if not config.DISABLE_JIT:
+    if not INTERPRETED:
         # Without a folder that may be written to, or with a numba that keeps things in another way: compile each time.
         with contextlib.suppress(Exception):
             compiled._cache = _Cache(function)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 # --- what the kernels are given ---
@@ -239,7 +233,7 @@ class Coder(NamedTuple):
 # --- layers ---
 
 
-@_function
+@function
 def _layer(net, k, x, n, sums):  # type: ignore[no-untyped-def]
     """sums[:n] = the sums of layer k of x[:n], biases included."""
     at, first, inputs, outputs = net.layers[k]
@@ -251,7 +245,7 @@ def _layer(net, k, x, n, sums):  # type: ignore[no-untyped-def]
     add_product(x, n, inputs, net.weight, at, outputs, sums, _NONE)
 
 
-@_function
+@function
 def _activate(net, k, sums, n, low, out):  # type: ignore[no-untyped-def]
     """Sums of layer k, rounded, as activations from low up."""
     first, outputs = net.layers[k, 1], net.layers[k, 3]
@@ -265,7 +259,7 @@ def _activate(net, k, sums, n, low, out):  # type: ignore[no-untyped-def]
             target[o] = np.uint8(np.int32(min(max(x, least), np.int32(ACTIVATION_MAX))) + np.int32(ZERO))
 
 
-@_function
+@function
 def _round(net, k, sums, n, out):  # type: ignore[no-untyped-def]
     """Sums of layer k, rounded and clipped to the stream's range, which is that of the logits too."""
     first, outputs = net.layers[k, 1], net.layers[k, 3]
@@ -277,7 +271,7 @@ def _round(net, k, sums, n, out):  # type: ignore[no-untyped-def]
             target[o] = np.int32(min(max(x, np.int32(-STREAM_MAX)), np.int32(STREAM_MAX)))
 
 
-@_function
+@function
 def _add_gated(net, k, sums, n, stream):  # type: ignore[no-untyped-def]
     """Layer k's sums: values, then gates; their products are in units of 2^-11, a quarter of the stream's."""
     first, width = net.layers[k, 1], net.layers[k, 3] // 2
@@ -293,7 +287,7 @@ def _add_gated(net, k, sums, n, stream):  # type: ignore[no-untyped-def]
             target[o] = np.int32(min(max(x, np.int32(-STREAM_MAX)), np.int32(STREAM_MAX)))
 
 
-@_function
+@function
 def _read(stream, n, out):  # type: ignore[no-untyped-def]
     """Stream values as activations, in the first columns of out."""
     for r in range(n):
@@ -307,7 +301,7 @@ def _read(stream, n, out):  # type: ignore[no-untyped-def]
 # --- features ---
 
 
-@_function
+@function
 def _gather(ring, t, i, step, n, width, out, column):  # type: ignore[no-untyped-def]
     """Neighbours side by side, of rows i, i + step, ...: ring (WAVES, rows, C) -> out[:n, column : column + 4 C]."""
     rows, channels = ring.shape[1], ring.shape[2]
@@ -326,7 +320,7 @@ def _gather(ring, t, i, step, n, width, out, column):  # type: ignore[no-untyped
         i += step
 
 
-@_function
+@function
 def _keep(ring, t, i, step, n, values, column):  # type: ignore[no-untyped-def]
     """values[:n, column : column + C] become this wave's entries of the ring."""
     for r in range(n):
@@ -435,7 +429,7 @@ def _keep_attention(net, model, walk, room, t, i, step, n):  # type: ignore[no-u
 # --- symbols ---
 
 
-@_function
+@function
 def table(logits, n, frequencies):  # type: ignore[no-untyped-def]
     """Section 6: frequencies[:n] (int32) of logits[:n] in units, each >= 1, their sum 2^20."""
     top = logits[0]
@@ -473,7 +467,7 @@ def narrowed(x, low, size):  # type: ignore[no-untyped-def]
     return size * (x >> _U24) + (x & _MASK24) - low
 
 
-@_function
+@function
 def symbol(x, frequencies, n):  # type: ignore[no-untyped-def]
     """Section 7: the symbol in state x, and its cumulative frequency."""
     s = np.int64(x & _MASK24) >> 4
@@ -525,7 +519,7 @@ def _escape_value(a):  # type: ignore[no-untyped-def]
     return min(max((a - ESCAPE_SIDE // 2) * _LATTICE, -ACTIVATION_MAX), ACTIVATION_MAX)
 
 
-@_function
+@function
 def _distances(z, vectors, out):  # type: ignore[no-untyped-def]
     """Squared distances of z (d,) from vectors (d, K): out[:K], and the least of them."""
     codes = vectors.shape[1]
@@ -675,7 +669,7 @@ def _choose(null, weight, distance, escaped, escape, codes, logits, outcomes):  
 # --- the condition ---
 
 
-@_function
+@function
 def _around(cells, y, x, n, out):  # type: ignore[no-untyped-def]
     """Neighbours side by side: cells (h + 2, w + 2, C), a margin around -> out[:n] of cells (y, x), (y, x + 1), ..."""
     channels = cells.shape[2]

@@ -12,12 +12,19 @@ padded with zeros to multiples of 16, so that no loop needs a remainder.
 
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils, config
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+
+njit: Any = numba.njit  # more than its type says
+INTERPRETED = bool(getattr(config, "DISABLE_JIT", 0))
+
+# Compiled into what calls it, and not for Python, which would take as long again. A division by zero has no exception.
+function = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 UNIT = 16  # outputs that are computed together, and what widths are rounded up to
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -156,7 +163,7 @@ def _store(context: Any, address: Any, value: Any) -> Any:
     return types.void(types.intp, types.int64), generate
 
 
-if config.DISABLE_JIT:  # the same in Python, to look inside with a debugger
+if INTERPRETED:  # the same in Python, to look inside with a debugger
 
     def add_product(x, n, inputs, weight, at, outputs, sums, column):  # type: ignore[no-untyped-def]
         steps = -(-inputs // 4)
@@ -171,7 +178,7 @@ if config.DISABLE_JIT:  # the same in Python, to look inside with a debugger
 
 else:
 
-    @njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    @function
     def add_product(x, n, inputs, weight, at, outputs, sums, column):  # type: ignore[no-untyped-def]
         """sums[:n, column : outputs] += x[:n, :inputs] times the layer whose weights begin at weight[at].
 
@@ -218,12 +225,12 @@ else:
                     _row1(xa, xs, wa, step, steps, oa, ss)
                 o += 4 * UNIT
 
-    @njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    @function
     def published(place):  # type: ignore[no-untyped-def]
         """place[0] (int64) as another thread has last published it; what it wrote before that can be read now."""
         return _load(place.ctypes.data)
 
-    @njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    @function
     def publish(place, value):  # type: ignore[no-untyped-def]
         """place[0] = value for other threads that read it with ``published``."""
         _store(place.ctypes.data, value)

@@ -35,7 +35,7 @@ INTERVALS = 2**14  # of a lane, in the memory of the kernel, or more where a wav
 
 
 class Setting(NamedTuple):
-    """What all walks have in common. coarser: indices (M, h / 2, w / 2) of the next coarser grid, None if there is none;
+    """What all walks have in common. coarser: indices (M, h / 2, w / 2) of the next coarser grid, if there is one;
     bits: (h, w), gets the bits of each cell; tell: called with numbers of cells that are done; threads: at most."""
 
     prior: Prior

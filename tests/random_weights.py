@@ -49,6 +49,7 @@ def random_tensors(config: dict[str, Any], seed: int = 0, active: float = 0.0) -
             exponent = np.clip(rng.integers(-2, 1, (layer.outputs, 1)) - 6 - round(np.log2(layer.inputs) / 2), -14, -5)
             bias = rng.integers(-(2**10), 2**10, (layer.biases, layer.outputs))
             if name.endswith("flag_out"):
+                exponent = exponent.clip(-11)
                 bias += (active * 2.0 ** (5 - exponent[:, 0])).astype(np.int64)
             tensors[f"{name}.weight"] = weight.astype(np.int8)
             tensors[f"{name}.exponent"] = exponent.astype(np.int8)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vqcodec.models.wavefront import coding_tables
 
 from vqcodec.models import dyadic
 from vqcodec.models.dyadic import DyadicLinear, attend, attend_smoothly, frequencies, snap
-from vqcodec.models.wavefront import coding_tables
 
 
 def random_sums(seed: int, *shape: int) -> torch.Tensor:

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
+from vqcodec.models.wavefront import CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid, waves
 
 from vqcodec.models import dyadic, wavefront
 from vqcodec.models.dyadic import frequencies
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.wavefront import CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid, waves
 
 GROUPS, DIM, CODES, LEVELS = 3, 4, 16, 2
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 21))

@@ -34,7 +34,6 @@ from vqcodec.training.trainer import (
 )
 from vqcodec.weights import load_weights, to_file
 
-
 ACTIVE = 0.6, 0.13  # share of a grid's indices that are not null, at quality 5
 
 

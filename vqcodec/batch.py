@@ -20,7 +20,6 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-import vqcodec.codec
 from bitstream.errors import VqcodecError
 from vqcodec.codec import Codec, Progress
 from vqcodec.image import read, save, stripped
@@ -91,7 +90,7 @@ class Decode:
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
-        picture = vqcodec.codec.decode_picture(codec, data, self.max_pixels, progress, self.preview)
+        picture = codec.decode_picture(data, self.max_pixels, progress, self.preview)
         height, width = picture.pixels.shape[:2]
         notes, encoded = list(picture.notes), BytesIO()
         losses = save(picture, encoded, self.format)
