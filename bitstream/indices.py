@@ -48,7 +48,7 @@ class IndexCoder:
         return grids
 
     def examine(self, parts: Container) -> list[tuple[Grid, NDArray[np.float32]]]:
-        """As ``decode``, and the bits of every cell (h, w)."""
+        """As ``decode``, and the bits of every index (M, h, w)."""
         bits: list[NDArray[np.float32]] = []
         grids = self.pop(parts.header, self._all(parts), bits=bits)
         container.verify(parts, grids)
@@ -63,7 +63,7 @@ class IndexCoder:
     ) -> list[Grid]:
         """The grids of payloads, not yet checked against a checksum: for a preview, of the first ones alone.
 
-        bits: gets the bits of every cell (h, w), grid by grid. Raises BitstreamError.
+        bits: gets the bits of every index (M, h, w), grid by grid. Raises BitstreamError.
         """
         if header.fingerprint != self.weights.fingerprint:
             raise ModelMismatchError(
@@ -77,7 +77,7 @@ class IndexCoder:
         for k, payload in enumerate(payloads):
             setting = self._setting(k, header.level - 1, (header.height, header.width), grids, tell)
             if bits is not None:
-                bits.append(np.zeros(setting.shape, np.float32))
+                bits.append(np.zeros((self.weights.grids[k].groups, *setting.shape), np.float32))
                 setting = setting._replace(bits=bits[k])
             grids.append(walk.decode(setting, payload))
         return grids

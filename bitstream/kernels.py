@@ -189,7 +189,7 @@ class Walk(NamedTuple):
     keys: Any  # (rows, ATTENTION_WAVES, attention) int8
     values: Any  # the same
     grid: Any  # (M, h, w) uint16, zeros where nothing is decoded yet
-    bits: Any  # (h, w) float32: gets the bits of each cell; or of no rows
+    bits: Any  # (M, h, w) float32: gets the bits of each index; or of no groups
 
 
 class Room(NamedTuple):
@@ -550,7 +550,6 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
     logits, frequencies, distance = room.logits[0], room.frequencies, room.distance
     for o in range(out_width):
         flag[0, o] = net.bias[out_bias + o]
-    bits = np.float32(0)
     for g in range(groups):
         first = base + 2 + 3 * g  # the group's layers: its codes' share of the units, hidden, out
         for f in range(flags):
@@ -619,11 +618,12 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
                         entry[c] = np.int64((x & _MASK24) >> _ESCAPE_SHIFT)
                         x = narrowed(x, np.uint64(entry[c]) << _ESCAPE_SHIFT, np.uint64(1) << _ESCAPE_SHIFT)
         if len(walk.bits):
-            bits += _FLAG_BITS[s + LOGIT_MAX, min(index, 1)]
+            bits = np.float64(_FLAG_BITS[s + LOGIT_MAX, min(index, 1)])
             if index:
-                bits += np.float32(TABLE_BITS - np.log2(np.float64(frequencies[outcome])))
+                bits += TABLE_BITS - np.log2(np.float64(frequencies[outcome]))
                 if outcome == codes:
-                    bits += np.float32(dim * ESCAPE_BITS)
+                    bits += dim * ESCAPE_BITS
+            walk.bits[g, i, j] = bits
         if index:
             if outcome == codes:
                 index = codes + 1
@@ -639,8 +639,6 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
             at, _, inputs, width = net.layers[first]
             add_product(code, _ONE, inputs, net.weight, at, width, units, (g + 1) * flags)
     coder.state[lane, 0] = x
-    if len(walk.bits):
-        walk.bits[i, j] = bits
 
 
 @_inlined

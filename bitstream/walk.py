@@ -36,7 +36,7 @@ INTERVALS = 2**14  # of a lane, in the memory of the kernel, or more where a wav
 
 class Setting(NamedTuple):
     """What all walks have in common. coarser: indices (M, h / 2, w / 2) of the next coarser grid, if there is one;
-    bits: (h, w), gets the bits of each cell; tell: called with numbers of cells that are done; threads: at most."""
+    bits: (M, h, w), gets the bits of each index; tell: called with numbers of cells that are done; threads: at most."""
 
     prior: Prior
     shape: tuple[int, int]
@@ -178,7 +178,7 @@ def _walk(setting: Setting, parts: int) -> Walk:
     rows = _most(setting.shape) + 1  # with the row above the wave
     conditioned = h if setting.prior.condition is not None else 0
     ring = (rows + ATTENTION_ROWS - 1 if model.heads else 0, ATTENTION_WAVES, model.attention)
-    bits = np.zeros((0, 0), np.float32) if setting.bits is None else setting.bits
+    bits = np.zeros((0, 0, 0), np.float32) if setting.bits is None else setting.bits
     return Walk(
         height=h,
         width=w,

@@ -141,8 +141,9 @@ def draw_grids(codec: Codec, data: bytes, max_pixels: int) -> Image.Image:
     maps: list[tuple[str, Bytes]] = []
     drawn: list[tuple[str, Bytes]] = []
     for k, (indices, bits) in enumerate(codec.indices.examine(container.unpack(data, max_pixels=max_pixels)), start=1):
-        most, codes = float(bits.max()), codec.model.config.grids[k - 1].codes
-        maps.append((f"grid{k}: {bits.mean():.1f} bits a cell, white {most:.0f}", _heat(bits / (most or 1))))
+        cells = bits.sum(0)
+        most, codes = float(cells.max()), codec.model.config.grids[k - 1].codes
+        maps.append((f"grid{k}: {cells.mean():.1f} bits a cell, white {most:.0f}", _heat(cells / (most or 1))))
         for m, group in enumerate(indices, start=1):
             grey = np.repeat((np.minimum(group, codes) * (255 / codes)).astype(np.uint8)[..., None], 3, axis=2)
             drawn.append((f"grid{k}, indices {m} of {len(indices)}", grey))
