@@ -1,29 +1,34 @@
-"""The command line, `vqcodec`. The only file that prints or exits.
+"""The command line, `vqcodec`. The only file that prints messages or exits.
 
 What is slow to import (torch, numpy, Pillow, rich) is imported by the command that needs it.
 """
 
 import contextlib
-import errno
+import functools
 import json
 import os
+import signal
 import sys
-import time
+import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import UsageError, VqcodecError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
+from vqcodec.formats import advice
+from vqcodec.jobs import Job, Plan, blame, finish, plan_jobs, read_file, reason, refuse_clashes, title, write_file
 
 if TYPE_CHECKING:
-    from vqcodec.batch import Made, Pool, Work
+    from rich.progress import Progress
+
+    from vqcodec.batch import Made, Pool, Tally, Work
     from vqcodec.codec import Codec
     from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
@@ -39,7 +44,7 @@ class Failure(click.ClickException):
 
 
 def _complain(text: str) -> None:
-    click.echo("vqcodec: " + _printable(" ".join(text.split())), err=True)
+    _echo("vqcodec: " + _printable(" ".join(text.split())), err=True)
 
 
 def _printable(text: str) -> str:
@@ -47,45 +52,52 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-_REASONS = {
-    errno.EACCES: "permission denied: choose another place, or change the permissions",
-    errno.EEXIST: "exists already: use -f to replace it",
-    errno.EISDIR: "is a folder: name a file",
-    errno.ENOENT: "no such file or folder: check the name",
-    errno.ENOSPC: "the disk is full: make room, or choose another place",
-}
+_INTERRUPTED = 130  # exit code
 
 
-def _reason(error: OSError) -> str:
-    return _REASONS.get(error.errno or 0, error.strerror or str(error))
+class _Stop(KeyboardInterrupt):
+    """Ctrl-C, or a signal like it. code: to exit with; progress: how far it got."""
+
+    def __init__(self, code: int, progress: str = "") -> None:
+        super().__init__()
+        self.code, self.progress = code, progress
 
 
 @contextlib.contextmanager
-def _blame(name: str = "") -> Iterator[None]:
-    """Turns what can go wrong with the file `name` into a Failure; a bug passes, and keeps its traceback."""
-    prefix = f"{name}: " if name else ""
+def _terminable() -> Iterator[None]:
+    """Makes the signals that end a program clean up like Ctrl-C."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stop(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
     try:
         yield
-    except (VqcodecError, FloatingPointError) as error:  # the latter: a training run has diverged
-        raise Failure(f"{prefix}{error}") from error
-    except OSError as error:
-        if error.errno is None:  # not the system's, but a library's that says it all
-            raise Failure(str(error)) from error
-        prefix = f"{os.fsdecode(error.filename)}: " if error.filename else prefix
-        raise Failure(prefix + _reason(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "tried to allocate" not in str(error).lower():
-            raise  # those are torch's words
-        raise Failure(f"{prefix}out of memory: free some, or give it less to do at once") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # names of files may have what its encoding has not
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _complain("interrupted")
-            raise click.exceptions.Exit(130) from None
+            with _terminable():
+                return super().invoke(ctx)
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
+        except VqcodecError as error:
+            raise Failure(str(error)) from error
+        except KeyboardInterrupt as stop:
+            code, progress = getattr(stop, "code", _INTERRUPTED), getattr(stop, "progress", "")
+            _complain(("interrupted" if code == _INTERRUPTED else "terminated") + progress)
+            raise click.exceptions.Exit(code) from None
         except OSError as error:  # standard output's: every other file has been blamed by name
             if error.errno is None:
                 raise
@@ -93,144 +105,114 @@ class _Program(click.Group):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if isinstance(error, BrokenPipeError):  # the reader has seen enough
                 raise click.exceptions.Exit(1) from None
-            raise Failure(f"standard output: {_reason(error)}") from error
+            raise Failure(f"standard output: {reason(error)}") from error
 
 
-# --- from inputs to outputs, "-" being the standard streams ---
+# --- the terminal: lines, and a bar below them ---
+
+_PATIENCE = 1.0  # seconds; what takes less needs no bar
+
+_terminal = threading.RLock()  # held by who writes to it
+_bar_there: "Progress | None" = None
 
 
-class _Job(NamedTuple):
-    source: str
-    target: str
+def _echo(text: str, err: bool = False) -> None:
+    """A line; a bar makes way for it."""
+    with _terminal:
+        if _bar_there:
+            _bar_there.stop()
+        click.echo(text, err=err)
+        if _bar_there:
+            _bar_there.start()
 
 
-class _Plan(NamedTuple):
-    """What there is to do. folders: a folder is among the inputs; skipped: outputs that are there already."""
+@contextlib.contextmanager
+def _show(bar: "Progress") -> Iterator[None]:
+    """Shows a bar after a while; a thread of its own keeps it moving."""
+    global _bar_there
+    over = False
 
-    jobs: list[_Job]
-    folders: bool
-    skipped: int = 0
+    def start() -> None:
+        global _bar_there
+        with _terminal:
+            if not over:
+                _bar_there = bar
+                bar.start()
 
-
-def _plan(
-    sources: Sequence[str],
-    out: str | None,
-    suffix: str,
-    force: bool,
-    resume: bool = False,
-    endings: Callable[[], Collection[str]] = frozenset,
-) -> _Plan:
-    """The jobs, if nothing speaks against any. Makes the folder `out` if it has to.
-
-    endings: gives those of the files to be found in folders, because it is slow to know them.
-    """
-    inside = {source for source in sources if _is_folder(source)}
-    to_folder = out is not None and (bool(inside) or out.endswith(("/", os.sep)) or _is_folder(out))
-    if force and resume:
-        raise click.UsageError("--force replaces outputs that exist and --resume skips them: choose one")
-    if out is not None and not to_folder and len(sources) > 1:
-        raise click.UsageError(f"several inputs need a folder: end OUT in a slash to have it made ({out}/)")
-    if "-" in sources and (to_folder or len(sources) > 1):
-        raise click.UsageError("- (standard input) has no name: give it alone, with -o FILE or -o -")
-    jobs: list[_Job] = []
-    for source in sources:
-        if source in inside:
-            jobs += _jobs_in(source, out or source, suffix, endings())
-        elif out is None:
-            jobs.append(_Job(source, source if source == "-" else _renamed(source, suffix)))
-        elif to_folder:
-            jobs.append(_Job(source, storage.join(out, _renamed(os.path.basename(source), suffix))))
-        else:
-            jobs.append(_Job(source, "-" if out == "/dev/stdout" else out))
-    there = _existing([job.target for job in jobs]) if resume else set()
-    left = [job for job in jobs if job.target not in there]
-    _refuse_clashes(left, force)
-    path = storage.local(out) if out is not None else None  # folders elsewhere come with the files in them
-    if path is not None:
-        parent = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(parent):
-            raise Failure(f"{out}: there is no folder {parent}: create it first")
-        if to_folder and not os.path.isdir(path):
-            if os.path.isfile(os.path.abspath(path)):
-                raise Failure(f"{out}: is a file, not a folder: choose another name")
-            with _blame(path):
-                os.mkdir(path)
-    return _Plan(left, bool(inside), len(jobs) - len(left))
-
-
-def _jobs_in(folder: str, out: str, suffix: str, endings: Collection[str]) -> list[_Job]:
-    from vqcodec.files import renamed
-
-    with _blame(folder):
-        paths = storage.find(folder, endings)
-    if not paths:
-        raise Failure(f"{folder}: no files to work on in this folder: they are known by their endings")
-    names = renamed(paths, suffix)
-    return [_Job(storage.join(folder, path), storage.join(out, n)) for path, n in zip(paths, names, strict=True)]
-
-
-def _renamed(path: str, suffix: str) -> str:
-    return os.path.splitext(path)[0] + suffix
-
-
-def _refuse_clashes(jobs: Sequence[_Job], force: bool) -> None:
-    """Failure if an output would take the place of a file, unless that is what `force` is for."""
-    inputs = {_identity(source) for source, _ in jobs}
-    source_of: dict[Any, str] = {}
-    there = _existing([job.target for job in jobs])
-    for source, target in jobs:
-        if target == "-":
-            if sys.stdout.isatty():
-                raise Failure("standard output: is a terminal: redirect it, or name a file with -o")
-            continue
-        key = _identity(target)
-        if key in inputs:
-            raise Failure(f"{target}: is an input: choose another name with -o")
-        if key in source_of:
-            raise Failure(f"{target}: would hold {source_of[key]} and {source}: do one at a time, with -o")
-        if target in there and not force:
-            raise Failure(f"{target}: {_REASONS[errno.EEXIST]}")
-        source_of[key] = source
-
-
-def _is_folder(name: str) -> bool:
-    with _blame(name):
-        return storage.is_folder(name)
-
-
-def _existing(names: Sequence[str]) -> set[str]:
-    with _blame(names[0] if names else ""):
-        return storage.existing(names)
-
-
-def _identity(name: str) -> Any:
-    """Equal for two names of one file."""
-    path = storage.local(name)
-    if path is None:
-        return name
+    timer = threading.Timer(_PATIENCE, start)
+    timer.daemon = True
+    timer.start()
     try:
-        found = os.stat(path)
-    except OSError:
-        return os.path.normcase(os.path.realpath(path))
-    return found.st_dev, found.st_ino
+        yield
+    finally:
+        timer.cancel()
+        with _terminal:
+            over = True
+            if _bar_there is bar:
+                bar.stop()
+                _bar_there = None
 
 
-def _title(source: str) -> str:
-    return "standard input" if source == "-" else source
+def _progress(*columns: Any) -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    # The time moves even where the work tells nothing, such as in the networks and in a compiler.
+    columns = SpinnerColumn(), *columns, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
-def _read(source: str) -> bytes:
-    with _blame(_title(source)):
-        return sys.stdin.buffer.read() if source == "-" else storage.read(source)
+Watch = Callable[[str], contextlib.AbstractContextManager[Callable[[float], None] | None]]
 
 
-def _write(target: str, data: bytes | memoryview, force: bool) -> None:
-    if target == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    else:
-        with _blame(target):
-            storage.write(target, data, force)
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Callable[[float], None] | None]:
+    """A progress function that moves a bar, on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import TextColumn
+
+    bar = _progress(TextColumn("{task.description}", markup=False))
+    task = bar.add_task(_printable(name), total=None)
+    with _show(bar):
+        yield lambda done: bar.update(task, total=1.0, completed=done)
+
+
+@contextlib.contextmanager
+def _no_bar(_: str) -> Iterator[None]:
+    yield None
+
+
+@contextlib.contextmanager
+def _whole_bar(jobs: Sequence[Job]) -> Iterator[tuple[Watch, Callable[[Job, "Tally"], None]]]:
+    """A bar over all files, by the bytes of each, on a terminal: what watches the work on one of them, and a function
+    that tells that one is over."""
+    if not sys.stderr.isatty():
+        yield _no_bar, lambda *_: None
+        return
+    from rich.progress import TextColumn
+
+    sizes, past = {job.source: storage.size(job.source) for job in jobs}, 0
+    count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
+    bar = _progress(count, TextColumn("{task.fields[speed]:.2f} MP/s"))
+    task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
+
+    @contextlib.contextmanager
+    def watch(name: str) -> Iterator[Callable[[float], None]]:
+        yield lambda done: bar.update(task, completed=past + done * sizes.get(name, 0))
+
+    def advance(job: Job, tally: "Tally") -> None:
+        nonlocal past
+        past += sizes.get(job.source, 0)
+        done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
+        bar.update(task, completed=past, done=done, speed=speed)
+
+    with _show(bar):
+        yield watch, advance
+
+
+# --- doing it ---
 
 
 def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
@@ -241,30 +223,8 @@ def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
         import torch
 
         torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
-    with _blame():
+    with blame(), _bar("loading the model"):
         return Codec.load(weights, device)
-
-
-@contextlib.contextmanager
-def _bar(name: str) -> Iterator[Callable[[float], None] | None]:
-    """A progress function that shows a bar: on a terminal, if the job takes more than a second."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, started = bar.add_task(_printable(name), total=1.0), time.monotonic()
-    with contextlib.ExitStack() as shown:
-
-        def update(done: float) -> None:
-            if not bar.live.is_started and time.monotonic() - started > 1:
-                shown.enter_context(bar)
-            bar.update(task, completed=done)
-
-        yield update
 
 
 def _warn(name: str, notes: Iterable[str]) -> None:
@@ -272,130 +232,85 @@ def _warn(name: str, notes: Iterable[str]) -> None:
         _complain(f"{name}: warning: {note}")
 
 
-# --- doing it ---
+def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions", strict: bool = False) -> None:
+    """Does all jobs, even if some of them fail; Exit(1) if any has, or, if it is strict, has missed its target."""
+    from vqcodec.batch import Encode, Tally, outcomes
 
-
-@dataclass
-class _Tally:
-    """What has become of the files so far."""
-
-    done: int = 0
-    skipped: int = 0
-    before: int = 0
-    after: int = 0
-    pixels: int = 0
-    failed: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def facts(self) -> dict[str, Any]:
-        seconds = time.monotonic() - self.started
-        return {
-            "done": self.done,
-            "skipped": self.skipped,
-            "failed": len(self.failed),
-            "bytes_before": self.before,
-            "bytes_after": self.after,
-            "seconds": round(seconds, 3),
-            "megapixels_per_second": round(self.pixels / 1e6 / max(seconds, 1e-9), 3),
-        }
-
-
-def _do(
-    work: "Work",
-    plan: _Plan,
-    codec: "Codec",
-    weights: str | None,
-    engine: str,
-    workers: int | None,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Does all jobs, even if some of them fail; Exit(1) if any has."""
-    tally = _Tally(skipped=plan.skipped)
-    alone = len(plan.jobs) == 1 and not plan.skipped and not plan.folders
-    # Whatever happens, no worker stays.
-    outcomes = contextlib.closing(_outcomes(work, plan, codec, weights, engine, workers))
-    with _whole_bar(plan.jobs) if plan.folders else contextlib.nullcontext() as advance, outcomes as each:
-        for job, outcome in each:
-            try:
-                with _blame(_title(job.source)):
-                    size, made = outcome()
-                _write(job.target, made.data, force)
-            except Failure as failure:
-                failure.show()
-                tally.failed.append(failure.message)
-                facts: dict[str, Any] = {"status": "failed", "error": failure.message}
-            else:
-                tally.done += 1
-                tally.before += size
-                tally.after += len(made.data)
-                tally.pixels += made.width * made.height
-                _warn(_title(job.source), [*made.notes, *filter(None, [made.miss])])
-                _warn(job.target, made.losses)
-                facts = _facts_of(size, made)
-                if not as_json and not plan.folders:
-                    _summary(job.target, facts)
-            if as_json:
-                click.echo(json.dumps({"file": job.source, "output": job.target, **facts}))
-            if advance:
+    tally = Tally(skipped=len(plan.skipped), left_out=len(plan.left_out))
+    shrinks = isinstance(work, Encode)
+    alone = len(plan.jobs) == 1 and not (plan.skipped or plan.folders)
+    lines = not (options.as_json or options.quiet) and (options.verbose or not plan.folders)
+    _tell_plan(plan, tally, options)
+    try:
+        with contextlib.ExitStack() as stack:
+            watch: Watch = _no_bar if options.quiet else _bar
+            advance: Callable[[Job, Tally], None] = lambda *_: None  # noqa: E731
+            if not (alone or options.quiet):
+                watch, advance = stack.enter_context(_whole_bar(plan.jobs))
+            each = outcomes(work, plan.jobs, codec, _pool(codec, plan, options), watch)
+            stack.enter_context(contextlib.closing(each))  # whatever happens, no worker stays
+            for job, outcome in each:
+                try:
+                    with blame(title(job.source)):
+                        size, made = outcome()
+                    finish(job, made.data, options.force)
+                except VqcodecError as error:
+                    _complain(str(error))
+                    tally.failed.append(str(error))
+                    facts: dict[str, Any] = {"status": "failed", "error": str(error)}
+                else:
+                    tally.add(size, made)
+                    if not options.quiet or made.miss and strict:
+                        _warn(title(job.source), [*made.notes, *filter(None, [made.miss])])
+                        _warn(job.target, made.losses)
+                    facts = _facts_of(size, made)
+                    if lines:
+                        _summary(job.target, facts, shrinks)
+                if options.as_json:
+                    _echo(json.dumps({"file": job.source, "output": job.target, **facts}))
                 advance(job, tally)
-    if as_json and not alone:
-        click.echo(json.dumps({"summary": tally.facts()}))
-    elif not alone:
-        _table(tally)
-    if tally.failed:
+    except KeyboardInterrupt as stop:
+        if alone:
+            raise
+        how = "with --resume instead of -f" if options.force else "with --resume"
+        progress = f" after {tally.done} of {len(plan.jobs)} files: give the same command {how} to go on"
+        raise _Stop(getattr(stop, "code", _INTERRUPTED), progress) from stop
+    if options.as_json and not alone:
+        _echo(json.dumps({"summary": tally.facts()}))
+    elif not (alone or options.quiet):
+        _table(tally, shrinks)
+    if tally.failed or tally.missed and strict:
         raise click.exceptions.Exit(1)
 
 
-def _outcomes(
-    work: "Work", plan: _Plan, codec: "Codec", weights: str | None, engine: str, workers: int | None
-) -> Generator[tuple[_Job, Callable[[], tuple[int, "Made"]]], None, None]:
-    """Every job, with a function that returns the size of the input and what was made of it, or raises."""
-    pool: Pool | None = None
-    if engine == "ray" and plan.jobs:
+def _tell_plan(plan: Plan, tally: "Tally", options: "_FileOptions") -> None:
+    """What in folders cannot be read, and, if one wants to know, what need not be done."""
+    for message in plan.closed:
+        _complain(message)
+        tally.failed.append(message)
+    if plan.left_out and not options.quiet:
+        named = plan.left_out if options.verbose else plan.left_out[:5]
+        names, more, hint = ", ".join(named), len(plan.left_out) - len(named), advice(plan.left_out)
+        names += f" and {more} more (-v names them)" if more else ""
+        what = f"left out, as they cannot be read: {names}"
+        _complain(f"warning: {len(plan.left_out)} files " + (f"{what}: {hint}" if hint else what))
+    if options.verbose and not options.as_json:
+        for job in plan.skipped:
+            _echo(f"{_printable(job.target)}  is up to date")
+
+
+def _pool(codec: "Codec", plan: Plan, options: "_FileOptions") -> "Pool | None":
+    """The processes that the user wants, if there is work for several."""
+    workers = options.jobs or 1
+    if options.engine == "ray" and plan.jobs:
         from vqcodec.cluster import RayPool
 
-        with _blame():
-            pool = RayPool(codec, workers or 0)
-    elif engine == "local" and (workers or 1) > 1 and len(plan.jobs) > 1:
+        return RayPool(codec, options.jobs or 0)
+    if options.engine == "local" and workers > 1 and len(plan.jobs) > 1:
         from vqcodec.batch import LocalPool
 
-        pool = LocalPool(codec, weights, workers or 1)
-    if pool:
-        from vqcodec.batch import spread
-
-        yield from spread(work, plan.jobs, lambda job: _read(job.source), pool)
-        return
-    for job in plan.jobs:
-
-        def outcome(job: _Job = job) -> tuple[int, "Made"]:
-            data = _read(job.source)
-            with contextlib.nullcontext() if plan.folders else _bar(job.source) as progress:
-                return len(data), work(codec, data, progress)
-
-        yield job, outcome
-
-
-@contextlib.contextmanager
-def _whole_bar(jobs: Sequence[_Job]) -> Iterator[Callable[[_Job, _Tally], None] | None]:
-    """A function that advances a bar over all files, by the bytes of each; shown on a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    sizes = {job.source: storage.size(job.source) for job in jobs}
-    count = TextColumn("{task.fields[done]} of {task.fields[files]} files")
-    columns = count, BarColumn(), TextColumn("{task.fields[speed]:.2f} MP/s"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=sum(sizes.values()), done=0, files=len(jobs), speed=0.0)
-
-        def advance(job: _Job, tally: _Tally) -> None:
-            done, speed = tally.done + len(tally.failed), tally.facts()["megapixels_per_second"]
-            bar.update(task, advance=sizes.get(job.source, 0), done=done, speed=speed)
-
-        yield advance
+        return LocalPool(codec, options.weights, workers)
+    return None
 
 
 def _facts_of(size: int, made: "Made") -> dict[str, Any]:
@@ -408,26 +323,36 @@ def _facts_of(size: int, made: "Made") -> dict[str, Any]:
         "bpp": round(8 * len(made.data) / (made.width * made.height), 4),
         "seconds": round(made.seconds, 3),
     }
-    return facts if made.quality is None else {**facts, "quality": round(made.quality, 3)}
+    if made.quality is not None:
+        facts |= {"quality": round(made.quality, 3), "target_met": not made.miss}
+    return facts
 
 
-def _summary(target: str, facts: dict[str, Any]) -> None:
+def _summary(target: str, facts: dict[str, Any], shrinks: bool) -> None:
+    """shrinks: the output is meant to be smaller than the input."""
     line = "{width} x {height}  {bytes_after:,} bytes  {bpp:.3f} bpp  {seconds:.1f} s".format(**facts)
     if "quality" in facts:
         line += "  quality {quality:.2f}".format(**facts)
-    click.echo(f"{_printable(target)}  {line}", err=target == "-")
+    if shrinks and facts["bytes_after"] > facts["bytes_before"]:
+        line += "  larger than the original's {bytes_before:,} bytes".format(**facts)
+    _echo(f"{_printable(target)}  {line}", err=target == "-")
 
 
-def _table(tally: _Tally) -> None:
+def _table(tally: "Tally", shrinks: bool) -> None:
     facts = tally.facts()
-    click.echo("files   {done} done, {skipped} skipped, {failed} failed".format(**facts))
-    click.echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
+    files = "files   {done} done, {skipped} skipped, {failed} failed"
+    _echo((files + ", {left_out} left out" if tally.left_out else files).format(**facts))
+    _echo("bytes   {bytes_before:,} before, {bytes_after:,} after".format(**facts))
     if tally.before and tally.after:
         small, large = sorted((tally.before, tally.after))
-        click.echo(f"ratio   {large / small:.1f} : 1" if tally.after == small else f"ratio   1 : {large / small:.1f}")
-    click.echo("time    {seconds:.1f} s, {megapixels_per_second:.2f} MP/s".format(**facts))
+        _echo(f"ratio   {large / small:.1f} : 1" if tally.after == small else f"ratio   1 : {large / small:.1f}")
+    if shrinks and tally.larger:
+        _echo(f"larger  {tally.larger} than their originals (-v names them)")
+    if tally.missed:
+        _echo(f"missed  {tally.missed} their target")
+    _echo("time    {seconds:.1f} s, {megapixels_per_second:.2f} MP/s".format(**facts))
     for message in tally.failed:
-        click.echo("failed  " + _printable(" ".join(message.split())))
+        _echo("failed  " + _printable(" ".join(message.split())))
 
 
 # --- commands ---
@@ -438,8 +363,12 @@ need be, but not its parents. Several inputs need a folder, or no -o at all: eac
 its input. "-" stands for standard input and output. An output that exists, that is an input, or that two inputs
 would share is refused before any work.
 
-A folder among the inputs stands for all files below it that have one of the right endings, hidden ones left out;
-OUT gets the same tree. Files of one folder that differ in nothing but their ending keep it: a.jpg.vq2, a.png.vq2.
+A folder among the inputs stands for all files below it that have one of the right endings, or none and the
+content of a picture; hidden ones are left out, pictures that cannot be read are counted and named. OUT gets the same
+tree, and outputs the times of their inputs. Files of one folder that differ in nothing but their ending keep it:
+a.jpg.vq2, a.png.vq2. An output that is there keeps its name.
+
+--resume skips an input if its output exists and is not older than it, and does again what is out of date.
 
 With --jobs N, N processes of one thread each work on N files at once and share one model where the system allows
 (Linux, without a GPU).
@@ -449,11 +378,12 @@ machine alone. The files go through this machine: the others need the same vqcod
 process that dies is done by another: it has failed when the fourth dies of it.
 
 INPUT and OUT may be URLs that fsspec knows, such as s3://bucket/photos; a file is sent there in one piece. URLs
-and --engine ray need more packages: pip install 'vqcodec[ray]'.
+need pip install 'vqcodec[urls]', and --engine ray needs pip install 'vqcodec[ray]'. Chains work as well, such as
+zip://trip::s3://bucket/photos.zip, a folder in an archive.
 
 A file that fails is named at once, and again in the table at the end; the others are done. --json prints an object
 per file instead, with file, output, status (done or failed), error or width, height, bytes_before, bytes_after, bpp,
-seconds, and quality where one was searched for; last, if there is more than one file or a folder,
+seconds, and quality and target_met where a target was given; last, if there is more than one file or a folder,
 {"summary": {...}}."""
 
 _EXIT_CODES = """\b
@@ -461,7 +391,7 @@ Exit codes:
   0    everything was done
   1    something failed: a line on standard error says what, all else was done
   2    bad usage
-  130  interrupted by Ctrl-C
+  130  interrupted by Ctrl-C (143: terminated); --resume goes on from there
 No output is ever left half-written."""
 
 _inputs = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path())
@@ -478,16 +408,32 @@ _device = click.option(
 _weights = click.option(
     "--weights", metavar="FILE", type=click.Path(), help="A model to use instead of the installed one."
 )
+
+
+class _Quality(click.FloatRange):
+    def __init__(self) -> None:
+        super().__init__(1, 8)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        with contextlib.suppress(ValueError):
+            if 8 < float(value) <= 100:
+                hint = "it is not a JPEG's: 1 is the smallest file, 5 the default, 8 the best picture"
+                self.fail(f"{value} is not in the range from 1 to 8: {hint}", param, ctx)
+        return float(super().convert(value, param, ctx))
+
+
 _quality = click.option(
     "-q",
     "--quality",
     metavar="Q",
-    type=click.FloatRange(1, 8),
+    type=_Quality(),
     default=DEFAULT_QUALITY,
     help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
 )
 _count = click.IntRange(min=1)
-_resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists.")
+_resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists and is not older.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every file, also in folders.")
+_quiet = click.option("--quiet", is_flag=True, help="Errors alone: no bar, no warnings, no summary.")
 _jobs = click.option(
     "-j",
     "--jobs",
@@ -519,6 +465,64 @@ _max_pixels = click.option(
     default=2**28,
     help="Refuse larger pictures, before they take any memory.",
 )
+
+
+@dataclass(frozen=True)
+class _FileOptions:
+    """What `encode` and `decode` are given alike."""
+
+    inputs: tuple[str, ...]
+    out: str | None
+    force: bool
+    resume: bool
+    jobs: int | None
+    engine: str
+    as_json: bool
+    device: str
+    weights: str | None
+    max_pixels: int
+    verbose: bool
+    quiet: bool
+
+    def plan(self, suffix: str, endings: Callable[[], Collection[str]], pictures: bool = False) -> Plan:
+        """As ``plan_jobs``."""
+        if self.verbose and self.quiet:
+            raise UsageError("--verbose and --quiet contradict each other: choose one")
+        plan = plan_jobs(self.inputs, self.out, suffix, self.force, self.resume, endings, pictures)
+        if self.as_json and any(job.target == "-" for job in plan.jobs):
+            raise UsageError("--json and the file cannot both go to standard output: name a file with -o")
+        return plan
+
+    def refuse_output_as_input(self, endings: Callable[[], Collection[str]]) -> None:
+        """UsageError for `encode a.png a.vq2`, which other programs understand. endings: those of outputs."""
+        *others, last = self.inputs
+        if self.out is not None or not others or os.path.splitext(last)[1].lower() not in endings():
+            return
+        if len(others) == 1:
+            raise UsageError(f"{last} is no input: to name the output, write -o {last}")
+        if not storage.existing([last]):
+            raise UsageError(f"{last} is no input: to name a folder for the outputs, write -o FOLDER/")
+
+    def load(self) -> "Codec":
+        return _load(self.weights, self.device, self.jobs)
+
+
+_SHARED = (
+    _inputs, _out, _force, _resume, _jobs, _engine, _json, _verbose, _quiet, _device, _weights, _max_pixels
+)  # fmt: skip
+
+
+def _file_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that `encode` and `decode` share, and hands them over as the argument `options`."""
+
+    @functools.wraps(command)
+    def gather(**given: Any) -> None:
+        shared = {field.name: given.pop(field.name) for field in fields(_FileOptions)}
+        command(options=_FileOptions(**shared), **given)
+
+    for option in reversed(_SHARED):
+        gather = option(gather)
+    return gather
 
 
 @click.group(
@@ -561,8 +565,6 @@ _positive = click.FloatRange(0, min_open=True)
 
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
-@_inputs
-@_out
 @_quality
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
@@ -575,33 +577,17 @@ _positive = click.FloatRange(0, min_open=True)
     help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
 @click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
-@_force
-@_resume
-@_jobs
-@_engine
-@_json
-@_device
-@_weights
-@_max_pixels
-@click.pass_context
+@click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed; the file is written all the same.")
+@_file_options
 def encode(
-    ctx: click.Context,
-    inputs: tuple[str, ...],
-    out: str | None,
+    options: _FileOptions,
     quality: float,
     target_size: float | None,
     target_bpp: float | None,
     target_psnr: float | None,
     effort: int,
     strip: bool,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    engine: str,
-    as_json: bool,
-    device: str,
-    weights: str | None,
-    max_pixels: int,
+    strict: bool,
 ) -> None:
     """Compress pictures to .vq2 files.
 
@@ -620,15 +606,17 @@ def encode(
     are kept. A warning tells what is changed or dropped, such as 16-bit samples, CMYK and further frames.
 
     A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
-    the file at different qualities. If no quality meets it, the nearest is written, with a warning.
+    the file at different qualities. If no quality meets it, the nearest is written, with a warning; --strict makes
+    it an error in the exit code.
     """
-    target = _target(ctx, {"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
-    plan = _plan_for(inputs, out, ".vq2", force, resume, as_json, _picture_endings)
-    codec = _load(weights, device, jobs)
+    target = _target({"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
+    options.refuse_output_as_input(lambda: {".vq2"})
+    plan = options.plan(".vq2", _picture_endings, pictures=True)
+    codec = options.load()
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Encode(quality, target, strip, effort, options.max_pixels), plan, codec, options, strict)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -639,11 +627,11 @@ def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
         raise click.BadParameter(str(error), param_hint="--quality") from None
 
 
-def _target(ctx: click.Context, targets: dict[Any, float | None]) -> "Target | None":
+def _target(targets: dict[Any, float | None]) -> "Target | None":
     given = {kind: value for kind, value in targets.items() if value is not None}
     if not given:
         return None
-    by_user = ctx.get_parameter_source("quality") is not click.core.ParameterSource.DEFAULT
+    by_user = click.get_current_context().get_parameter_source("quality") is not click.core.ParameterSource.DEFAULT
     if len(given) + by_user > 1:
         raise click.UsageError("give one of --quality, --target-size, --target-bpp and --target-psnr")
     from vqcodec.targets import Target
@@ -655,51 +643,17 @@ def _target(ctx: click.Context, targets: dict[Any, float | None]) -> "Target | N
 
 
 def _picture_endings() -> Collection[str]:
+    from vqcodec.formats import register_plugins
     from vqcodec.image import endings
 
+    register_plugins()
     return endings()
 
 
-def _plan_for(
-    inputs: Sequence[str],
-    out: str | None,
-    suffix: str,
-    force: bool,
-    resume: bool,
-    as_json: bool,
-    endings: Callable[[], Collection[str]],
-) -> _Plan:
-    plan = _plan(inputs, out, suffix, force, resume, endings)
-    if as_json and any(job.target == "-" for job in plan.jobs):
-        raise click.UsageError("--json and the file cannot both go to standard output: name a file with -o")
-    return plan
-
-
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
-@_inputs
-@_out
 @click.option("--preview", is_flag=True, help="Only the coarse grid: quick, blurred, unverified.")
-@_force
-@_resume
-@_jobs
-@_engine
-@_json
-@_device
-@_weights
-@_max_pixels
-def decode(
-    inputs: tuple[str, ...],
-    out: str | None,
-    preview: bool,
-    force: bool,
-    resume: bool,
-    jobs: int | None,
-    engine: str,
-    as_json: bool,
-    device: str,
-    weights: str | None,
-    max_pixels: int,
-) -> None:
+@_file_options
+def decode(options: _FileOptions, preview: bool) -> None:
     """Turn .vq2 files back into pictures.
 
     \b
@@ -717,18 +671,19 @@ def decode(
     no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
     first grid is mostly noticed, but not always.
     """
-    plan = _plan_for(inputs, out, ".png", force, resume, as_json, lambda: {".vq2"})
+    options.refuse_output_as_input(_picture_endings)
+    plan = options.plan(".png", lambda: {".vq2"})
     format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
     from PIL import Image
 
     from vqcodec.image import from_pil, save
 
-    with _blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
+    with blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
         save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format)
-    codec = _load(weights, device, jobs)
+    codec = options.load()
     from vqcodec.batch import Decode
 
-    _do(Decode(format, preview, max_pixels), plan, codec, weights, engine, jobs, force, as_json)
+    _do(Decode(format, preview, options.max_pixels), plan, codec, options)
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -766,8 +721,10 @@ def info(
       level           quality level, from 1
       bpp             bits per pixel: 8 x bytes / (width x height)
       fingerprint     of the model that wrote the file, hexadecimal
-      chunks          bytes of each one present: grid1 (the coarsest), grid2, ...,
-                      alpha, icc, exif, xmp
+      chunks          bytes of each one present: grid1 (the coarsest, top),
+                      grid2 (bottom), ..., alpha, icc, exif, xmp
+      camera, date    from EXIF, where it has them
+      profile         name of the ICC profile, where it has one
 
     Damage to structure and metadata is noticed, damage to the picture itself only by decode.
 
@@ -777,21 +734,21 @@ def info(
     if grids is not None:
         if len(files) > 1:
             raise click.UsageError("--grids draws one file: give it one")
-        _refuse_clashes([_Job(files[0], grids)], force)
+        refuse_clashes([Job(files[0], grids)], force)
     failed = False
     for source in files:
         try:
-            data = _read(source)
-            with _blame(_title(source)):
+            data = read_file(source)
+            with blame(title(source)):
                 facts = {"file": source, **_facts(data)}
             if as_json:
                 click.echo(json.dumps(facts))
             else:
-                _show(facts)
+                _show_facts(facts)
             if grids is not None:
                 _draw_grids(source, data, grids, force, _load(weights, device), max_pixels)
-        except Failure as failure:
-            failure.show()
+        except VqcodecError as error:
+            _complain(str(error))
             failed = True
     if failed:
         raise click.exceptions.Exit(1)
@@ -801,9 +758,9 @@ def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Code
     from vqcodec.look import draw_grids
 
     drawn = BytesIO()
-    with _blame(_title(source)):
+    with blame(title(source)):
         draw_grids(codec, data, max_pixels).save(drawn, "PNG")
-    _write(target, drawn.getbuffer(), force)
+    write_file(target, drawn.getbuffer(), force)
 
 
 def _facts(data: bytes) -> dict[str, Any]:
@@ -813,20 +770,25 @@ def _facts(data: bytes) -> dict[str, Any]:
     header = parts.header
     contents = {f"grid{k}": grid for k, grid in enumerate(parts.grids, start=1)}
     contents |= {name: getattr(parts, name) for name in container.OPTIONAL_CHUNKS}
-    return {
+    facts = {
         "bytes": len(data),
         "version": container.VERSION,
         "width": header.width,
         "height": header.height,
-        "mode": header.colour.name,
+        "mode": header.colour.shown.name,
         "level": header.level,
         "bpp": round(8 * len(data) / (header.width * header.height), 4),
         "fingerprint": header.fingerprint.hex(),
         "chunks": {name: len(content) for name, content in contents.items() if content is not None},
     }
+    if parts.exif or parts.icc:
+        from vqcodec.about import metadata_facts  # needs Pillow
+
+        facts |= metadata_facts(parts.exif, parts.icc)
+    return facts
 
 
-def _show(facts: dict[str, Any]) -> None:
+def _show_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -836,11 +798,17 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_row("quality", "level {level}".format(**facts))
     table.add_row("file", "{bytes:,} bytes, {bpp:.3f} bpp, format version {version}".format(**facts))
     table.add_row("model", facts["fingerprint"])
+    for name in ("camera", "date", "profile"):
+        if name in facts:
+            table.add_row(name, Text(_printable(facts[name])))
     for name, size in facts["chunks"].items():
-        table.add_row(name, f"{size:,} bytes")
+        table.add_row(name, f"{size:,} bytes{_GRIDS.get(name, '') if 'grid3' not in facts['chunks'] else ''}")
     console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(_printable(_title(facts["file"])), "bold"))
+    console.print(Text(_printable(title(facts["file"])), "bold"))
     console.print(table)
+
+
+_GRIDS = {"grid1": ", top: what is where", "grid2": ", bottom: the details"}
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -851,7 +819,7 @@ def _show(facts: dict[str, Any]) -> None:
     "--quality",
     "qualities",
     metavar="Q",
-    type=click.FloatRange(1, 8),
+    type=_Quality(),
     multiple=True,
     default=(1, 3, 5, 7),
     help="As in encode; give it again for another row.",
@@ -876,27 +844,31 @@ def compare(
       vqcodec compare photo.png                 writes photo.html
       vqcodec compare photo.png -q 2 -q 4.5 -o page.html
 
-    The page holds everything: the original, then for every quality the .vq2 file's picture and what the others
-    make of at most as many bytes, each with its size, its PSNR and, where libjxl's program ssimulacra2 is
-    installed, its SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
+    The page holds everything: a slider between any two pictures, the original, then for every quality the .vq2
+    file's picture and what the others make of at most as many bytes, each with its quality, size, PSNR and, where
+    libjxl's program ssimulacra2 is installed, SSIMULACRA2. Colours are in sRGB, transparency and metadata are left out.
     """
-    plan = _plan([picture], out, ".html", force)
-    ((source, target),) = plan.jobs
-    data = _read(source)
+    plan = plan_jobs([picture], out, ".html", force)
+    source, target = plan.jobs[0].source, plan.jobs[0].target
+    data = read_file(source)
     codec = _load(weights, device)
     _check_qualities(codec, qualities)
+    from vqcodec.formats import register_plugins
     from vqcodec.image import read
     from vqcodec.look import compare as rows_of
-    from vqcodec.look import page
+    from vqcodec.look import page, source_facts
 
-    with _blame(_title(source)), _bar(source) as progress:
+    register_plugins()
+
+    with blame(title(source)), _bar(source) as progress:
         original, rows = read(data, max_pixels), []
         for row in rows_of(codec, original, qualities):
             rows.append(row)
             if progress:
                 progress(len(rows) / len(qualities))
-    _write(target, page(os.path.basename(source), original, rows), force)
-    _warn(_title(source), original.notes)
+    facts = source_facts(data, original)
+    write_file(target, page(storage.split(source)[1], original, rows, facts), force)
+    _warn(title(source), original.notes)
 
 
 class _Dimensions(click.ParamType):
@@ -915,7 +887,13 @@ class _Dimensions(click.ParamType):
 @click.option("--size", metavar="WxH", type=_Dimensions(), default="256x256", help="In pixels.")
 @_quality
 @click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, help="Of the first; others count on.")
-@click.option("--temperature", metavar="T", type=_positive, default=1.0, help="Below 1 for what is more likely.")
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=_positive,
+    default=0.8,
+    help="1 for the model's own odds, less for what is more likely: calmer, to a point more like a photo.",
+)
 @click.option("--top-from", metavar="VQ2", type=click.Path(), help="Keep this file's coarse grid, size and level.")
 @_force
 @_device
@@ -948,19 +926,19 @@ def sample(
     if size[0] * size[1] > max_pixels:
         raise Failure(f"{size[0]} x {size[1]} pixels, the limit is {max_pixels}: raise it (--max-pixels)")
     targets = {n: os.path.join(out, f"sample-{n}.png") for n in range(seed, seed + number)}
-    _refuse_clashes([_Job(top_from or "", target) for target in targets.values()], force)
-    top = None if top_from is None else _read(top_from)
+    refuse_clashes([Job(top_from or "", target) for target in targets.values()], force)
+    top = None if top_from is None else read_file(top_from)
     codec = _load(weights, device)
     _check_qualities(codec, [quality] if top is None else [])
     for n, target in targets.items():
-        with _blame(_title(top_from or target)):
+        with blame(title(top_from or target)):
             if top is None:
                 drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
             else:
                 drawn = codec.sample_from(top, seed=n, temperature=temperature, max_pixels=max_pixels)
         encoded = BytesIO()
         drawn.save(encoded, "PNG")
-        _write(target, encoded.getbuffer(), force)
+        write_file(target, encoded.getbuffer(), force)
         click.echo(_printable(target))
 
 
@@ -1042,11 +1020,11 @@ def train(
     from vqcodec.weights import load_weights
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of many
-    with _blame(str(images)):
+    with blame(str(images)):
         find_images(images)  # before RUN is made
-    with _blame():
+    with blame():
         layout = load_weights(start).config if start else CONFIGS[config or "vqcodec"]
-    with _blame(str(output)):
+    with blame(str(output)):
         run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start)
         trainer.train(run, click.echo if first else lambda _: None)
     if first:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "bjontegaard",
     "constriction",
+    "cvvdp",
     "numpy",
     "pillow",
     "pillow-jxl-plugin",

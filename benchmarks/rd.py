@@ -246,6 +246,11 @@ def compare(curves: Curves, mean_rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def covered(rates: dict[str, dict[str, Any]]) -> list[str]:
+    """All ranges of a metric's BD-rates, ascending."""
+    return sorted({key for bd in rates.values() for key in bd["ranges"]}, key=lambda key: float(key.split()[0]))
+
+
 # --- telling ---
 
 
@@ -255,22 +260,26 @@ def table(result: dict[str, Any]) -> str:
     lines = [machine.title(result["machine"]), f"{folder}: {images} images, means over them"]
     lines += [f"skipped {name}: {reason}" for name, reason in skipped.items()]
     anchors = [name for name in result["codecs"] if name != "vq2"]
-    heads = " ".join(f"{name:>9}" for name in anchors)
-    lines += ["", f"{'':>39}size in percent of theirs at the same mean PSNR"]
-    lines += [f"  vq2     bpp   PSNR  MS-SSIM SSIMUL.2 {heads}"]
-    sizes = {row["quality"]: row for row in result["percent_of_size_at_equal_psnr"]}
-    for row in (row for row in result["means"] if row["codec"] == "vq2"):
-        percents = [_number(sizes[row["quality"]][name], ".1f").rjust(max(9, len(name))) for name in anchors]
-        others = [_number(row.get("ms_ssim"), ".4f"), _number(row.get("ssimulacra2"), ".1f")]
-        numbers = f"{row['quality']:>5g} {row['bpp']:7.4f} {row['psnr']:6.2f} {others[0]:>8} {others[1]:>8}"
-        lines.append(" ".join([numbers, *percents]))
+    levels = [row for row in result["means"] if row["codec"] == "vq2"]
+    lines += ["", " ".join(["  vq2     bpp", *(f"{SCALES[metric].title:>12}" for metric in METRICS)])]
+    for row in levels:
+        scores = [_number(row[metric], SCALES[metric].format).rjust(12) for metric in METRICS]
+        lines.append(" ".join([f"{row['quality']:>5g} {row['bpp']:7.4f}", *scores]))
+    lines += ["", "size in percent of theirs at the same mean PSNR"]
+    lines += [" ".join(["  vq2", *(f"{name:>9}" for name in anchors)])]
+    for row, sizes in zip(levels, result["percent_of_size_at_equal_psnr"], strict=True):
+        percents = [_number(sizes[name], ".1f").rjust(max(9, len(name))) for name in anchors]
+        lines.append(" ".join([f"{row['quality']:>5g}", *percents]))
     lines += ["", f"BD-rate of vq2 ({result['bd_method']} over the mean curves, negative: vq2 is smaller)"]
     for metric, found in result["bd_rate"].items():
-        lines.append(f"  by {SCALES[metric].title}")
+        ranges = covered(found)
+        heads = "".join(f"{r:>11}" for r in ranges)
+        lines.append(f"  by {SCALES[metric].title:<65}{heads}")
         for name, bd in found.items():
-            percent = "none" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
+            percent = _number(bd["percent"], "+.2f")
             about = bd["reason"] or f"{bd['low']:.2f} to {bd['high']:.2f} {SCALES[metric].unit}"
-            lines.append(f"    against {name:<22} {percent:>9}   {about}")
+            parts = "".join(_number(bd["ranges"].get(r), "+.1f").rjust(11) for r in ranges if bd["ranges"])
+            lines.append(f"    against {name:<22} {percent:>8} % {about:<24}{parts}".rstrip())
     if "published" in result:
         lines.append(f"* published numbers, for {result['published']['corpus']}: not measured here")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from vqcodec.files import write_atomically
 
 TEMPLATE = Path(__file__).parent / "report.html"
 SIDE = 288  # pixels of a crop
+CROPPED = ("jpeg", "webp", "avif-444-iq", "jxl", "jpeg2000")  # crops are for the eye
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
         raise ValueError(f"{output}.json is of model {result['machine']['fingerprint']}, not {codec.fingerprint.hex()}")
     names = list(dict.fromkeys(row["image"] for row in result["rows"]))
     shown = [names[k] for k in np.unique(np.linspace(0, len(names) - 1, 2 * crops + 1).round().astype(int)[1::2])]
-    rivals, _ = codecs.available([n for n in result["codecs"] if n in codecs.RIVALS and not n.endswith("444")])
+    rivals, _ = codecs.available([name for name in CROPPED if name in result["codecs"]])
     ours = codecs.vq2(codec)
     panels = []
     for name in shown:
@@ -104,6 +105,7 @@ def page(result: dict[str, Any], crops: list[dict[str, Any]], times: dict[str, A
         | {f"{c['name']} *": f"{c['what']} ({c['source']})" for c in result.get("published", {}).get("curves", [])},
         "curves": _curves(result),
         "bd": _bd_rates(result),
+        "ranges": _ranges(result),
         "levels": _levels(result),
         "crops": crops,
         "speed": times and {"about": f"{_machine(times)}. {speed.about(times)}", "rows": speed.cells(times)},
@@ -141,12 +143,25 @@ def _bd_rates(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _ranges(result: dict[str, Any]) -> list[list[str]]:
+    """BD-rates by PSNR over ranges of it."""
+    rates = result["bd_rate"]["psnr"]
+    ranges = rd.covered(rates)
+    rows = [["by PSNR-RGB", *(f"{key} dB" for key in ranges)]]
+    for name, bd in rates.items():
+        parts = (_signed(f"{bd['ranges'][key]:+.1f} %") if key in bd["ranges"] else "–" for key in ranges)
+        rows.append([name, *parts])
+    return rows
+
+
 def _levels(result: dict[str, Any]) -> list[list[str]]:
     metrics = [metric for metric in METRICS if metric in result["means"][0]]
     rows = [["quality", "bpp", *(SCALES[metric].title for metric in metrics)]]
     for row in result["means"]:
         if row["codec"] == "vq2":
-            scores = ["–" if row[metric] is None else _signed(f"{row[metric]:.4g}") for metric in metrics]
+            scores = [
+                "–" if row[metric] is None else _signed(f"{row[metric]:{SCALES[metric].format}}") for metric in metrics
+            ]
             rows.append([f"{row['quality']:g}", f"{row['bpp']:.3f}", *scores])
     return rows
 

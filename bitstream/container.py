@@ -22,26 +22,36 @@ offset  size  field        meaning and allowed range                            
 ======  ====  ===========  ========================================================  =======================
 
 The magic is checked first, then the version; a file that ends within the header is refused with DamagedError.
-Every size that can be written is valid, but width times height may not exceed a limit that the caller of the
-decoder sets, 2^28 pixels unless told otherwise (LimitError), and the file has at least one byte for every 16
-blocks of 16 x 16 pixels (DamagedError)::
+Every size that can be written is valid, but a caller of the decoder sets a limit, 2^27 pixels unless told
+otherwise: width times height may not exceed it, nor may the square of width or height exceed 64 times the limit,
+because the time that a thin picture takes goes with its length (LimitError). And the file has a least size
+(DamagedError), with which decoding takes time and memory in proportion to what the decoder was given. With W and
+H the width and height in blocks of 16 x 16 pixels, rounded up::
 
-    least size in bytes = ceil(ceil(width / 16) * ceil(height / 16) / 16)
+    least size in bytes = ceil(max(W, H) * max(8, min(W, H)) / 4)
 
-This is checked in this order before the chunks are looked at, so what a decoder spends is in proportion to what
-it was given. Fingerprint, level and checksum are checked by whoever holds the model.
+that is a byte for every 4 blocks, of which thin pictures count 8 side by side. Smaller files are padded, see
+section 3. All this is checked in this order before the chunks are looked at. Fingerprint, level and checksum are
+checked by whoever holds the model, and whether there is memory enough by whoever decodes. Level l uses row l - 1
+wherever the model has a row for each level.
 
 
 2. Colour modes
 
-=====  ==========  =======================================
-value  name        planes
-=====  ==========  =======================================
-0      GREY        grey
-1      RGB         red, green, blue
-2      GREY_ALPHA  grey, and an alpha chunk
-3      RGBA        red, green, blue, and an alpha chunk
-=====  ==========  =======================================
+The mode's bits: 1 is set if three planes come out, 2 if there is an alpha chunk, 4 if the three planes are equal.
+
+=====  ==========  ================  =====================  =========
+value  name        planes coded      planes that come out   alpha
+=====  ==========  ================  =====================  =========
+0      GREY        1                 grey                   none
+1      RGB         3                 red, green, blue       none
+2      GREY_ALPHA  1                 grey                   chunk
+3      RGBA        3                 red, green, blue       chunk
+5      EQUAL_RGB   1                 red = green = blue     none
+7      EQUAL_RGBA  1                 red = green = blue     chunk
+=====  ==========  ================  =====================  =========
+
+A model's decoder network gives three planes; one coded plane is their mean, rounded.
 
 
 3. Chunks
@@ -54,7 +64,8 @@ has at most 5 bytes and no more than its value needs: the last byte is 0 only if
 type        name   payload
 ==========  =====  ==========================================================================
 0x01..0x08  grid   the indices of one grid, sections 5 to 7; 0x01 is the coarsest grid
-0x41        alpha  the alpha plane: a PNG file, 8-bit grey, of the image's width and height
+0x40        flat   blocks of one colour, which come out exactly, see below
+0x41        alpha  the alpha plane, a PNG file, see below
 0x42        icc    the image's ICC profile
 0x43        exif   the image's EXIF block
 0x44        xmp    the image's XMP packet
@@ -73,9 +84,28 @@ A decoder refuses the file with DamagedError unless all of these hold:
 - the payload of an optional chunk ends with 4 bytes, counted in its length, that are the CRC-32 of its type
   byte and of the content before them.
 
+**Flat blocks.** Where the picture has one exact colour, its decoder network gives that colour only about. The flat
+chunk names such blocks: 8 x 8 pixels each, those at the right and at the bottom cut off by the picture's edge,
+ceil(width / 8) * ceil(height / 8) of them. Its content is
+
+- n, the number of colours, 1..255 (1 byte);
+- n colours: red, green, blue (3 bytes), or one byte each if one plane is coded (section 2);
+- a stream in deflate format (RFC 1951, without a zlib header) that ends with the content and inflates to exactly
+  one byte for each block, in rows from the top left: 0, or a number 1..n.
+
+Anything else is refused with DamagedError. A decoder sets all pixels of a block with a number k > 0 to colour k, in the
+planes that are coded, as the last thing it does to them. What it does about the pixels around, where the error of the
+network would now end at an edge, is as free as the network is.
+
+**Alpha.** The content of an alpha chunk is a PNG file (ISO/IEC 15948) of the image's width and height: its
+signature, one IHDR chunk with bit depth 8, colour type 0 (grey) and neither compression, filter nor interlace
+methods but 0, one or more IDAT chunks, one IEND chunk without data, and nothing else, neither between nor behind.
+Every chunk's CRC is right. The data of all IDAT chunks is one zlib stream that ends with them and inflates to exactly
+height * (width + 1) bytes, filter types 0..4. Anything else is refused with DamagedError.
+
 A program may show the coarsest grid alone as a preview, of a damaged or truncated file too, if the header, the
 limits of section 1, the first chunk and the end of its payload (section 7) are in order; it must not pass for
-the image, because the checksum covers all grids.
+the image, because the checksum covers all grids. Flat blocks are no part of a preview.
 
 The version byte is the only extension mechanism: a new chunk type needs a new version.
 
@@ -85,9 +115,10 @@ The version byte is the only extension mechanism: a new chunk type needs a new v
 The fingerprint is the first 8 bytes of the SHA-256 of the strides, the priors' weights and the codebooks, of all that
 must be equal to read the indices; FORMAT.md says in which form.
 
-The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the decoded
-index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w). It covers what was decoded, not
-what was stored, so that it detects wrong tables as well as damage.
+The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the content of the flat
+chunk, if there is one, and by the decoded index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w).
+It covers what was decoded, not what was stored, so that it detects wrong tables as well as damage; and all that pixels
+are made of but alpha, so that no chunk of these can get lost.
 
 
 5. Order of the symbols, and lanes
@@ -96,13 +127,13 @@ A grid has h x w cells with M groups each, and each group of a cell has one inde
 M, h and w of each, follow from the model and the image's width and height. Each grid is a payload of its own, and
 is coded when all coarser grids are known.
 
-The index of a group is one or more symbols, each of which has a table of probabilities (FORMAT.md, section 11): its flag,
-0 for null and 1 otherwise; if it is not null its outcome; after the outcome that escapes, the coordinates of a point.
+The index of a group is one or more symbols, each with a table of probabilities (FORMAT.md, section 11): its flag, 0 for
+null and 1 otherwise; if it is not null its outcome; after the outcome that escapes, the coordinates of a point.
 
-The rows of a grid are dealt to lanes. Their number is the largest power of two that is at most h / 32 and at most 8, but
-at least 1: so 1 up to 63 rows, 2 up to 127, 4 up to 255, then 8. Row i belongs to lane i mod lanes. Cell (i, j), row i
-and column j, belongs to wave t = j + 2i. A lane has its cells by ascending wave, within a wave by ascending row; of
-each cell all symbols, group after group, before those of the next cell.
+The rows of a grid are dealt to lanes. Their number is the largest power of two that is at most h / 32 and at most 8,
+but at least 1: so 1 up to 63 rows, 2 up to 127, 4 up to 255, then 8. Row i belongs to lane i mod lanes. Cell (i, j),
+row i and column j, belongs to wave t = j + 2i. A lane has its cells by ascending wave, within a wave by ascending row;
+of each cell all symbols, group after group, before those of the next cell.
 
 A payload begins with the number of words of each lane but the last, a varint as in section 3. Then come the words of
 all lanes, lane 0 first; the last lane has all words that are left. A payload is refused with DamagedError if one of
@@ -125,9 +156,9 @@ logits: each has K = 128 and u_k = 2^13.
 7. rANS
 
 A lane is a sequence of 32-bit words, little-endian. It may have none: then all of its symbols are 0, those with the
-interval that begins at 0. Its last word is not 0, otherwise the file is refused with DamagedError. A decoder of a lane has
-a state x, at first 0, and takes words from the end of the lane: before each symbol, while x < 2^32 and a word is left,
-x = 2^32 x + word. Then, with c_k = u_0 + ... + u_(k-1)::
+interval that begins at 0. Its last word is not 0, otherwise the file is refused with DamagedError. A decoder of a lane
+has a state x, at first 0, and takes words from the end of the lane: before each symbol, while x < 2^32 and a word is
+left, x = 2^32 x + word. Then, with c_k = u_0 + ... + u_(k-1)::
 
     s = x mod 2^24
     k = the symbol, such that 16 c_k <= s < 16 (c_k + u_k)
@@ -144,6 +175,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from bitstream.errors import DamagedError, LimitError, NotVq2Error, UnsupportedVersionError
@@ -159,11 +191,12 @@ MAX_LEVEL = 255
 MAX_SIDE = 2**24
 MAX_VARINT_BYTES = 5
 MAX_GRIDS = 8
-OPTIONAL_CHUNKS = {"alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order
+OPTIONAL_CHUNKS = {"flat": 0x40, "alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order
 END = 0x7F
 
-DEFAULT_MAX_PIXELS = 2**28
-BLOCK, BLOCKS_PER_BYTE = 16, 16  # a file has a byte for every 16 blocks of 16 x 16 pixels
+DEFAULT_MAX_PIXELS = 2**27  # as many as cameras have
+LONGEST = 64  # a side's square may exceed the limit so many times
+BLOCK, BLOCKS_PER_BYTE, LEAST_SIDE = 16, 4, 8  # a byte for every 4 blocks of 16 x 16 pixels, 8 side by side at least
 
 
 class ColourMode(IntEnum):
@@ -171,15 +204,37 @@ class ColourMode(IntEnum):
     RGB = 1
     GREY_ALPHA = 2
     RGBA = 3
+    EQUAL_RGB = 5
+    EQUAL_RGBA = 7
+
+    @property
+    def has_hue(self) -> bool:
+        """Three planes come out."""
+        return bool(self & 1)
 
     @property
     def has_alpha(self) -> bool:
-        return self in (ColourMode.GREY_ALPHA, ColourMode.RGBA)
+        return bool(self & 2)
+
+    @property
+    def one_plane(self) -> bool:
+        """One plane is coded."""
+        return self not in (ColourMode.RGB, ColourMode.RGBA)
 
     @property
     def opaque(self) -> "ColourMode":
         """The mode without its alpha."""
-        return ColourMode.GREY if self in (ColourMode.GREY, ColourMode.GREY_ALPHA) else ColourMode.RGB
+        return ColourMode(self & ~2)
+
+    @property
+    def shown(self) -> "ColourMode":
+        """The mode of the picture that comes out, whatever was coded: one of the first four."""
+        return ColourMode(self & ~4)
+
+    @property
+    def equal(self) -> "ColourMode":
+        """The mode for a picture of this mode whose planes are equal."""
+        return ColourMode(self | 4) if self.has_hue else self
 
 
 @dataclass(frozen=True)
@@ -208,13 +263,14 @@ class Header:
 class Container:
     """A .vq2 file, taken apart.
 
-    grids: 1..8 rANS payloads, coarsest grid first.  alpha .. xmp: contents without their CRC, None where
+    grids: 1..8 rANS payloads, coarsest grid first.  flat .. xmp: contents without their CRC, None where
     there is no chunk; alpha is None exactly if the colour mode has no alpha.  ValueError for anything else.
     """
 
     header: Header
     checksum: int
     grids: tuple[bytes, ...]
+    flat: bytes | None = None
     alpha: bytes | None = None
     icc: bytes | None = None
     exif: bytes | None = None
@@ -285,12 +341,12 @@ def unpack_coarsest(
     return header, bytes(payload)
 
 
-def checksum(header: Header, grids: "Sequence[NDArray[Any]]") -> int:
-    """CRC-32 of the header and the decoded index grids.
+def checksum(header: Header, grids: "Sequence[NDArray[Any]]", flat: bytes | None = None) -> int:
+    """CRC-32 of the header, the flat chunk's content and the decoded index grids.
 
     grids: coarsest first, each (M, h, w), of any integer dtype.  ValueError if an index is not in 0..65535.
     """
-    crc = zlib.crc32(_header_bytes(header))
+    crc = zlib.crc32(flat or b"", zlib.crc32(_header_bytes(header)))
     for grid in grids:
         if grid.dtype.kind not in "iu" or (grid.size and not (grid.min() >= 0 and grid.max() < 2**16)):
             raise ValueError(f"indices must be integers in 0..65535 (dtype {grid.dtype})")
@@ -300,7 +356,7 @@ def checksum(header: Header, grids: "Sequence[NDArray[Any]]") -> int:
 
 def verify(container: Container, grids: "Sequence[NDArray[Any]]") -> None:
     """Raise DamagedError unless `grids`, as in `checksum`, are the indices that the file was made from."""
-    computed = checksum(container.header, grids)
+    computed = checksum(container.header, grids, container.flat)
     if computed != container.checksum:
         raise DamagedError(
             "decoded indices do not match the file's checksum "
@@ -308,14 +364,22 @@ def verify(container: Container, grids: "Sequence[NDArray[Any]]") -> None:
         )
 
 
+def over_limit(width: int, height: int, max_pixels: int) -> str:
+    """What is too large about a picture, with the limit; nothing if it is within it."""
+    found = f"the image has {width} x {height} pixels"
+    if width * height > max_pixels:
+        return f"{found}, the limit is {max_pixels}"
+    if max(width, height) ** 2 > LONGEST * max_pixels:
+        return f"{found}, the limit of {max_pixels} pixels allows {isqrt(LONGEST * max_pixels)} a side"
+    return ""
+
+
 def _checked_header(data: memoryview, max_pixels: int) -> tuple[Header, int, int]:
     """Header, checksum and least size of a file that is within the limits."""
     header, stored = _parse_header(data)
-    if header.width * header.height > max_pixels:
-        raise LimitError(
-            f"the image has {header.width} x {header.height} pixels, the limit is {max_pixels}: "
-            "raise it (--max-pixels) if you trust the file"
-        )
+    excess = over_limit(header.width, header.height, max_pixels)
+    if excess:
+        raise LimitError(f"{excess}: raise it (--max-pixels) if you trust the file")
     least = _least_size(header)
     if len(data) < least:
         raise DamagedError(
@@ -327,8 +391,8 @@ def _checked_header(data: memoryview, max_pixels: int) -> tuple[Header, int, int
 
 def _least_size(header: Header) -> int:
     """Bytes that a file of this size has at least; it is padded to that."""
-    blocks = -(-header.width // BLOCK) * -(-header.height // BLOCK)
-    return -(-blocks // BLOCKS_PER_BYTE)
+    short, long = sorted(-(-side // BLOCK) for side in (header.width, header.height))
+    return -(-long * max(LEAST_SIDE, short) // BLOCKS_PER_BYTE)
 
 
 def _header_bytes(header: Header) -> bytes:

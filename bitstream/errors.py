@@ -12,9 +12,14 @@
         ImageError (also a ValueError)        the image to encode
         WeightsError                          the installation
         DeviceError                           the machine
+        WorkerError                           the machine, of a process that died
+        ClusterError                          the Ray cluster
+        StorageError                          the network, or who owns the storage
+        FileError                             a file, with its name in front
+        UsageError (also a ValueError)        the caller: options that contradict each other
 
-A message says what is wrong, both values, and what to do. It never names the file: whoever opened the file
-puts the name in front.
+A message says what is wrong, both values, and what to do. It does not name the file: whoever opened the file
+puts the name in front, and then it is a FileError.
 """
 
 
@@ -43,7 +48,7 @@ class ModelMismatchError(BitstreamError):
 
 
 class LimitError(BitstreamError):
-    """The decoder's choice: the image is larger than the caller allowed. The file itself may be in order."""
+    """The decoder's choice: the image is larger than the caller or the memory allows. The file may be in order."""
 
 
 class ImageError(VqcodecError, ValueError):
@@ -56,3 +61,23 @@ class WeightsError(VqcodecError):
 
 class DeviceError(VqcodecError):
     """The machine's fault, or the caller's: the requested device does not exist or cannot be used."""
+
+
+class WorkerError(VqcodecError):
+    """The machine's fault: the process that worked on a file has died."""
+
+
+class ClusterError(VqcodecError):
+    """The cluster's fault: it cannot be reached, or cannot do the work."""
+
+
+class StorageError(VqcodecError):
+    """The fault of the network, of who owns the storage, or of the URL."""
+
+
+class FileError(VqcodecError):
+    """Any of the others, or the file system's, with the name of the file in front."""
+
+
+class UsageError(VqcodecError, ValueError):
+    """The caller's fault: inputs, outputs and options that contradict each other."""

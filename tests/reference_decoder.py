@@ -34,7 +34,7 @@ class File(NamedTuple):
     level: int  # from 0
     fingerprint: bytes
     checksum: int
-    head: bytes  # what the checksum covers of the header
+    covered: bytes  # what the checksum covers before the indices
     payloads: list[bytes]
 
 
@@ -42,7 +42,8 @@ def parse(data: bytes) -> File:
     if data[:5] != b"\xf6VQ2\x02" or len(data) < 25:
         raise Refused("header")
     width, height = 1 + int.from_bytes(data[7:10], "little"), 1 + int.from_bytes(data[10:13], "little")
-    least = (((width + 15) // 16) * ((height + 15) // 16) + 15) // 16
+    short, long = sorted([(width + 15) // 16, (height + 15) // 16])
+    least = (max(8, short) * long + 3) // 4
     if data[5] == 0 or data[6] not in (0, 1, 2, 3, 5, 7) or len(data) < least:
         raise Refused("header")
     chunks: dict[int, bytes] = {}
@@ -62,17 +63,18 @@ def parse(data: bytes) -> File:
     if data[at:] != bytes(max(0, least - at)):
         raise Refused("what follows the end mark")
     grids = [kind for kind in chunks if kind <= 8]
-    if not grids or grids != list(range(1, len(grids) + 1)) or (0x41 in chunks) != (data[6] & 2 > 0):
+    if not grids or grids != list(range(1, len(grids) + 1)) or (0x41 in chunks) != bool(data[6] & 2):
         raise Refused("chunks")
     for kind, payload in chunks.items():
         if kind > 8 and payload[-4:] != zlib.crc32(bytes([kind]) + payload[:-4]).to_bytes(4, "little"):
             raise Refused("CRC of a chunk")
     checksum = int.from_bytes(data[21:25], "little")
-    return File(width, height, data[5] - 1, data[13:21], checksum, data[:21], [chunks[k] for k in grids])
+    covered = data[:21] + chunks.get(0x40, b"")[:-4]
+    return File(width, height, data[5] - 1, data[13:21], checksum, covered, [chunks[k] for k in grids])
 
 
 def verify(file: File, grids: Sequence[Ints]) -> None:
-    crc = zlib.crc32(file.head)
+    crc = zlib.crc32(file.covered)
     for grid in grids:
         crc = zlib.crc32(grid.astype("<u2").tobytes(), crc)
     if crc != file.checksum:

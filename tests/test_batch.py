@@ -5,9 +5,11 @@ import time
 import pytest
 from tiny_model import GOLDEN, WEIGHTS
 
-from vqcodec.batch import Decode, LocalPool, Made, WorkerError, spread
+from bitstream.errors import WorkerError
+from vqcodec.batch import Decode, LocalPool, Made, spread
 from vqcodec.codec import Codec, Progress
-from vqcodec.files import find, renamed
+from vqcodec.files import find
+from vqcodec.jobs import new_names
 
 FILES = sorted((GOLDEN / "decode").glob("photo*.vq2"))
 
@@ -91,13 +93,14 @@ def test_files_are_found_in_the_tree_by_their_endings(tmp_path: os.PathLike[str]
         open(path, "w").close()
     os.symlink(tmp_path, os.path.join(tmp_path, "sub", "loop"))
     found = find(str(tmp_path), {".png", ".jpg"})
-    assert found == ["a.JPG", "b.png", os.path.join("sub", "c.png"), os.path.join("sub", "deep", "d.png")]
+    assert found.paths == ["a.JPG", "b.png", os.path.join("sub", "c.png"), os.path.join("sub", "deep", "d.png")]
     with pytest.raises(OSError):
         find(os.path.join(tmp_path, "none"), {".png"})
 
 
-def test_new_names_keep_the_ending_where_they_would_clash() -> None:
-    assert renamed(["a.png", "b.png", "b.jpg", "s/b.png", "c"], ".vq2") == [
+def test_new_names_keep_the_ending_where_they_would_clash(tmp_path: os.PathLike[str]) -> None:
+    paths = dict.fromkeys(["a.png", "b.png", "b.jpg", "s/b.png", "c"])
+    assert list(new_names(paths, ".vq2", str(tmp_path)).values()) == [
         "a.vq2",
         "b.png.vq2",
         "b.jpg.vq2",

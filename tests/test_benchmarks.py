@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from benchmarks import codecs, entropy, machine, metrics, rd, speed, timing
 from benchmarks.__main__ import main
 from benchmarks.metrics import Curve, bd_rate, psnr, relative_size
 from vqcodec import Codec
-from vqcodec.metrics import ssimulacra2
+from vqcodec.metrics import butteraugli, ssimulacra2
 
 
 def grey(level: int, height: int = 8, width: int = 8) -> metrics.Bytes:
@@ -31,11 +32,11 @@ def grey(level: int, height: int = 8, width: int = 8) -> metrics.Bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two images, one that is damaged, and a file that is none."""
+    """Two images, one of odd sides, one that is damaged, and a file that is none."""
     folder = tmp_path / "images"
     folder.mkdir()
     Image.fromarray(speed.pink_noise(96, 64)).save(folder / "b.png")
-    Image.fromarray(speed.pink_noise(50, 70, seed=1)).save(folder / "a.png")
+    Image.fromarray(speed.pink_noise(51, 71, seed=1)).save(folder / "a.png")
     (folder / "broken.png").write_bytes((folder / "b.png").read_bytes()[:2000])
     (folder / "README.md").write_text("not an image")
     return folder
@@ -81,14 +82,44 @@ def test_ssimulacra2_equals_published_values(shift: int, published: float) -> No
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script takes the place of the program")
-def test_ssimulacra2_gives_the_program_the_original_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "ssimulacra2"
-    program.write_text(f'#!/bin/sh\ncp "$1" "{tmp_path}/first.png"; cp "$2" "{tmp_path}/second.png"; echo -12.5\n')
-    program.chmod(0o755)
+@pytest.mark.parametrize(("program", "metric"), [("ssimulacra2", ssimulacra2), ("butteraugli_main", butteraugli)])
+def test_libjxls_programs_get_the_original_first(
+    program: str, metric: metrics.Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / program
+    printed = "echo 3.25; echo 3-norm: -12.5"
+    script.write_text(f'#!/bin/sh\ncp "$1" "{tmp_path}/first.png"; cp "$2" "{tmp_path}/second.png"; {printed}\n')
+    script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert ssimulacra2(grey(1), grey(2)) == -12.5
+    assert metric(grey(1), grey(2)) == -12.5
     found = [np.array(Image.open(tmp_path / name))[0, 0, 0] for name in ("first.png", "second.png")]
     assert found == [1, 2]
+
+
+@pytest.mark.skipif(not shutil.which("butteraugli_main"), reason="libjxl's program is not installed")
+@pytest.mark.parametrize(("shift", "recorded"), [(0, 0), (5, 10.698), (20, 42.075)])
+def test_butteraugli_equals_recorded_values(shift: int, recorded: float) -> None:
+    assert butteraugli(grey(128, 64, 64), grey(128 + shift, 64, 64)) == pytest.approx(recorded, rel=0.01)  # libjxl 0.11
+
+
+def test_cvvdp_of_equal_images_is_10_and_falls_with_the_error() -> None:
+    pytest.importorskip("pycvvdp")
+    image = speed.pink_noise(96, 64)
+    darker = [np.maximum(image, step) - step for step in (0, 8, 32)]
+    scores = [metrics.cvvdp(image, other) for other in darker]
+    assert scores[0] == 10
+    assert scores[0] > scores[1] > scores[2] > 0
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS.values())
+@pytest.mark.parametrize("sides", [(1, 1), (7, 300), (8, 9), (163, 35)])
+def test_every_metric_has_a_value_or_none_for_small_and_odd_sides(
+    metric: metrics.Metric, sides: tuple[int, int]
+) -> None:
+    image = np.random.RandomState(0).randint(0, 200, (*sides, 3)).astype(np.uint8)
+    equal, other = metric(image, image), metric(image, image[::-1, ::-1] + 50)
+    assert (equal is None) == (other is None)
+    assert other is None or (math.isfinite(other) and other != equal)
 
 
 def test_bits_per_pixel_counts_the_whole_file() -> None:
@@ -125,6 +156,20 @@ def test_bd_rate_of_half_the_bits_is_minus_50_percent() -> None:
     half = bd_rate(CURVE, Curve(tuple(x / 2 for x in CURVE.bpp), CURVE.score))
     assert half.percent == pytest.approx(-50)
     assert (half.low, half.high) == (28.0, 39.0)
+    assert half.ranges == pytest.approx(
+        {f"{a} to {a + 2}": -50 for a in range(28, 40, 2)}
+    )  # half of the last is enough
+
+
+def test_bd_rates_of_ranges_are_those_of_the_curves_there() -> None:
+    bent = Curve(tuple(bpp * (0.5 if score <= 33 else 1) for bpp, score in zip(*CURVE, strict=True)), CURVE.score)
+    found = bd_rate(CURVE, bent)
+    assert found.ranges["28 to 30"] == pytest.approx(-50)
+    logs = [math.log1p(percent / 100) for percent in found.ranges.values()]
+    whole = (2 * sum(logs[:-1]) + 1 * logs[-1]) / 11  # of the last range, 38 to 40, the curves have a half
+    assert found.percent == pytest.approx(100 * math.expm1(whole))
+    short = bd_rate(CURVE, Curve(CURVE.bpp, (29.2, 31.0, 33.0, 35.0, 37.2)))
+    assert list(short.ranges) == ["30 to 32", "32 to 34", "34 to 36", "36 to 38"]  # of 28 to 30, less than half
 
 
 @pytest.mark.parametrize(
@@ -144,13 +189,20 @@ def test_bd_rate_gives_a_reason_instead_of_a_doubtful_number(test: Curve, reason
 
 
 @pytest.mark.parametrize(
-    ("metric", "scores"), [("ms_ssim", (0.9, 0.95, 0.97, 0.98, 0.99)), ("ssimulacra2", (-5.0, 20.0, 40.0, 60.0, 75.0))]
+    ("metric", "scores", "low", "high"),
+    [
+        ("ms_ssim", (0.9, 0.95, 0.97, 0.98, 0.99), 10, 20),
+        ("ssimulacra2", (-5.0, 20.0, 40.0, 60.0, 75.0), -5, 75),
+        ("butteraugli", (5.0, 4.0, 3.0, 2.0, 1.0), -5, -1),
+        ("cvvdp", (7.5, 8.5, 9.2, 9.6, 9.8), 7.5, 9.8),
+    ],
 )
-def test_bd_rate_of_other_metrics(metric: str, scores: tuple[float, ...]) -> None:
+def test_bd_rate_of_other_metrics(metric: str, scores: tuple[float, ...], low: float, high: float) -> None:
     anchor, half = Curve(CURVE.bpp, scores), Curve(tuple(x / 2 for x in CURVE.bpp), scores)
     found = bd_rate(anchor, half, metric)
     assert found.percent == pytest.approx(-50)
-    assert (found.low, found.high) == pytest.approx((10, 20) if metric == "ms_ssim" else (-5, 75))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert found.ranges and all(percent == pytest.approx(-50) for percent in found.ranges.values())
 
 
 def test_size_at_equal_psnr_is_interpolated_in_log_bpp() -> None:
@@ -177,7 +229,7 @@ def test_every_rival_decodes_what_it_encodes_and_spends_bytes_on_quality(name: s
     if missing:
         pytest.skip(missing[name])
     (rival,) = found
-    pixels = speed.pink_noise(70, 50)
+    pixels = speed.pink_noise(71, 51)
     files = [rival.encode(pixels, quality) for quality in (rival.qualities[1], rival.qualities[-1])]
     scores = [psnr(pixels, rival.decode(file)) for file in files]
     assert len(files[0]) < len(files[1])
@@ -189,7 +241,14 @@ def test_a_rival_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "pillow_jxl.JpegXLImagePlugin", None)
     found, missing = codecs.available()
     assert [rival.name for rival in found] == ["jpeg", "jpeg-444", "webp"]
-    assert set(missing) == {"avif-420", "avif-444", "jxl", "jpeg2000"}
+    assert set(missing) == {"avif-420-psnr", "avif-444-psnr", "avif-444-iq", "jxl", "jpeg2000"}
+
+
+def test_a_tuning_that_the_encoder_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(codecs.RIVALS, "avif-444-iq", lambda: codecs._avif("4:4:4", "taste"))
+    found, missing = codecs.available(["avif-444-iq"])
+    assert found == []
+    assert missing["avif-444-iq"].endswith("has no tune=taste")
 
 
 def test_largest_within_finds_the_setting_below_a_size() -> None:
@@ -228,7 +287,7 @@ def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, mo
     pixels = np.array(Image.open(folder / "a.png"))
     data = codec.encode(pixels, 3)
     row = next(row for row in result["rows"] if (row["codec"], row["quality"]) == ("vq2", 3))
-    assert (row["bytes"], row["bpp"]) == (len(data), 8 * len(data) / (50 * 70))
+    assert (row["bytes"], row["bpp"]) == (len(data), 8 * len(data) / (51 * 71))
     assert row["psnr"] == psnr(pixels, np.array(codec.decode(data)))
     mean = next(row for row in result["means"] if (row["codec"], row["quality"]) == ("jpeg", 50))
     both = [row["psnr"] for row in result["rows"] if (row["codec"], row["quality"]) == ("jpeg", 50)]
@@ -243,7 +302,7 @@ def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, mo
 
     text = rd.table(result)
     assert "skipped broken.png" in text
-    assert text.index("same mean PSNR") < text.index("BD-rate") < text.index("against VTM *")
+    assert text.index("same mean PSNR") < text.index("BD-rate") < text.index("against VTM 18.0 *")
 
     assert set(result["bd_rate"]["psnr"]) == {"jpeg", *(f"{e['name']} *" for e in result["published"]["curves"])}
     assert result["bd_rate"]["psnr"]["jpeg"]["percent"] is None  # vq2 has two points here
@@ -267,6 +326,28 @@ def test_rd_measures_compares_saves_and_resumes(folder: Path, tmp_path: Path, mo
     Image.fromarray(pixels[:, ::-1]).save(folder / "a.png")  # another picture of the same name
     rd.run(folder, output, **options)
     assert measured.count("jpeg") == len(jpeg_qualities)
+
+
+def test_the_table_has_a_column_for_each_range_of_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rd, "METRICS", {"psnr": psnr})
+    means = [
+        {"codec": "vq2", "quality": k, "bpp": b / 2, "psnr": s} for k, (b, s) in enumerate(zip(*CURVE, strict=True))
+    ]
+    means += [{"codec": "jpeg", "quality": k, "bpp": b, "psnr": s} for k, (b, s) in enumerate(zip(*CURVE, strict=True))]
+    result = {"codecs": {"vq2": "", "jpeg": ""}, "means": means}
+    result |= rd.compare(rd.all_curves(result), means)
+    corpus = {"folder": "photos", "images": 1, "skipped": {}}
+    about = {"date": "", "cpu": "", "cores": 2, "packages": {"torch": ""}, "commit": "", "model": "", "fingerprint": ""}
+    lines = rd.table({**result, "corpus": corpus, "machine": about, "skipped": {}}).splitlines()
+    (head,) = (line for line in lines if "by PSNR-RGB" in line)
+    (row,) = (line for line in lines if "against jpeg" in line)
+    assert head.split()[2:5] == ["28", "to", "30"]
+    assert row.split() == ["against", "jpeg", "-50.00", "%", "28.00", "to", "39.00", "dB", *["-50.0"] * 6]
+    ends = [
+        [match.end() for match in re.finditer(pattern, line)]
+        for pattern, line in ((r"to \d+", head), ("-50.0(?!0)", row))
+    ]
+    assert ends[0] == ends[1]
 
 
 def test_an_image_that_a_rival_cannot_hold_is_named_and_skipped(tmp_path: Path) -> None:
@@ -294,12 +375,13 @@ def test_entropy_accounts_for_every_byte(folder: Path, tmp_path: Path) -> None:
     assert 0 < level["payload_bytes"] - level["ideal_bytes"] <= 2 * 2 * 12  # rANS rounds each payload up to words
     grids = Codec.load(WEIGHTS).model.config.grids
     for grid, found in zip(grids, level["grids"], strict=True):
-        cells = sum(-(-h // 16) * -(-w // 16) * (16 // grid.stride) ** 2 for h, w in ((64, 96), (70, 50)))
+        cells = sum(-(-h // 16) * -(-w // 16) * (16 // grid.stride) ** 2 for h, w in ((64, 96), (71, 51)))
         assert found["indices"] == cells * grid.groups
         spent = sum(bits * cells for bits in found["bits_per_index"])
         assert spent / 8 == pytest.approx(found["ideal_bytes"])
         assert all(
-            1 <= p <= used <= grid.codes for p, used in zip(found["perplexity"], found["codes_used"], strict=True)
+            1 <= p <= used <= 1 + grid.codes + grid.escape
+            for p, used in zip(found["perplexity"], found["codes_used"], strict=True)
         )
     assert "skipped broken.png" in entropy.table(result)
 
@@ -365,8 +447,8 @@ def test_speed_names_and_skips_what_does_not_run(quick: None, tmp_path: Path, mo
     monkeypatch.setattr("PIL.features.check", lambda feature: feature != "avif")
     monkeypatch.setattr(speed, "plot", lambda *args: None)
     options: dict[str, Any] = {"weights": WEIGHTS, "repeat": 1, "tell": lambda line: None, "sizes": [(48, 32)]}
-    without = speed.run(tmp_path / "speed", rivals=("avif-420",), **options)
-    assert set(without["skipped"]) == {"avif-420", "compressai"}
+    without = speed.run(tmp_path / "speed", rivals=("avif-420-psnr",), **options)
+    assert set(without["skipped"]) == {"avif-420-psnr", "compressai"}
     assert {row["codec"] for row in without["rows"]} == {"vq2"}
     missing = speed.run(tmp_path / "speed", rivals=(), compressai=tmp_path / "none", **options)
     assert "none" in missing["skipped"]["compressai"]

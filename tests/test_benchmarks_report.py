@@ -63,6 +63,7 @@ def test_the_page_holds_curves_tables_and_crops(page: str) -> None:
     assert data["speed"]["about"].endswith("quality 3; median of 3 calls, or one call if it takes more than 20 s")
     assert data["speed"]["rows"][1][:4] == ["vq2, 1 thread", "96x80", "0.500", "0.500"]
     assert [row[0] for row in data["bd"][1:]] == [name for name in data["curves"] if name != "vq2"]
+    assert [row[0] for row in data["ranges"]] == ["by PSNR-RGB", *(row[0] for row in data["bd"][1:])]
     for crop in data["crops"]:
         assert list(crop["panels"]) == ["original", "vq2", "jpeg"]
         assert all(panel["src"].startswith("data:image/webp;base64,") for panel in crop["panels"].values())

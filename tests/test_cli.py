@@ -6,19 +6,20 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import Image, ImageCms
 
 import cli
 from vqcodec import __version__
@@ -396,6 +397,21 @@ def test_a_full_disk_behind_standard_output_is_one_line() -> None:
     assert err == b"vqcodec: standard output: the disk is full: make room, or choose another place\n"
 
 
+def test_a_name_that_standard_output_cannot_show_stops_nothing(
+    here: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    for name in ("漢字.png", "z.png"):
+        os.link("photo.png", name)
+    process = vqcodec("encode", "-q", "2", "--weights", str(tiny_weights), "漢字.png", "z.png")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert out.startswith(b"??.vq2  40 x 30") and b"2 done" in out
+    assert {"漢字.vq2", "z.vq2"} <= set(names(here))
+    out, err = vqcodec("info", "漢字.vq2").communicate(timeout=60)
+    assert (out.splitlines()[0], err) == (b"??.vq2", b"")
+
+
 def test_a_broken_pipe_is_quiet() -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -426,12 +442,49 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_behind(
     here: Path, monkeypatch: pytest.MonkeyPatch, encode: Command, decode: Command
 ) -> None:
     fail_at(monkeypatch, "Codec.encode", KeyboardInterrupt())
-    fail_at(monkeypatch, "decode_picture", KeyboardInterrupt())
+    fail_at(monkeypatch, "Codec.decode_picture", KeyboardInterrupt())
     (here / "photo.vq2").write_bytes(b"old")
     for result in encode("-f", "photo.png"), decode("-f", "file.vq2"):
         refused(result, "interrupted", code=130)
     assert Path("photo.vq2").read_bytes() == b"old"
     assert names(here) == sorted([*UNTOUCHED, "photo.vq2"])
+
+
+def workers_of(process: "subprocess.Popen[bytes]", number: int) -> list[int]:
+    """Process ids of the children, once there are so many."""
+    for _ in range(600):
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if len(found) == number:
+            return [int(pid) for pid in found]
+        time.sleep(0.1)
+    raise AssertionError(f"no {number} workers")
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_workers_end_with_their_parent(here: Path, tiny_weights: Path, number: signal.Signals) -> None:
+    os.mkfifo("pipe")  # reading it never ends
+    args = ["encode", "-q", "2", "--jobs", "2", "--weights", str(tiny_weights), "pipe", "photo.png", "-o", "out/"]
+    process = vqcodec(*args)
+    workers = workers_of(process, 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    for _ in range(100):
+        if all(map(gone, workers)):
+            break
+        time.sleep(0.1)
+    assert all(map(gone, workers))
+    if number == signal.SIGKILL:
+        return
+    assert process.returncode == 128 + number
+    assert err == b"vqcodec: terminated after 0 of 2 files: give the same command with --resume to go on\n"
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shapes differ"), ValueError()])
@@ -475,18 +528,63 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("seconds, shown", [(0.4, False), (2.0, True)])
-def test_a_bar_is_shown_on_a_terminal_after_a_second(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, shown: bool
-) -> None:
-    terminal, clock = Terminal(), iter([0.0, seconds, seconds, seconds])
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Standard error as a terminal that shows bars at once."""
+    terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=clock.__next__))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(cli, "_PATIENCE", 0)
+    return terminal
+
+
+def screen(text: str) -> list[str]:
+    """What stands on a terminal in the end."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.endswith("A"):
+            row -= int(part[2:-1] or 1)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\r\x1b":
+            lines[row] += part
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("patience, shown", [(60, False), (0, True)])
+def test_a_bar_is_shown_on_a_terminal_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, patience: float, shown: bool
+) -> None:
+    terminal = on_terminal(monkeypatch)
+    monkeypatch.setattr(cli, "_PATIENCE", patience)
     with cli._bar("photo [bold].png") as progress:
+        time.sleep(0.3)  # the work tells nothing yet
+        assert ("photo [bold].png" in terminal.getvalue()) == shown
         assert progress is not None
         progress(0.3)
         progress(1.0)
-    assert ("photo [bold].png" in terminal.getvalue()) == shown
+    assert not any(screen(terminal.getvalue()))
+
+
+def test_a_bar_moves_while_the_work_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    with cli._bar("photo.png"):
+        time.sleep(1.5)
+        assert "0:00:00" in terminal.getvalue() and "0:00:01" in terminal.getvalue()
+
+
+def test_lines_do_not_tear_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    with cli._bar("photo.png"):
+        time.sleep(0.2)
+        for number in range(20):
+            cli._warn(f"{number}.png", ["a note"])
+        time.sleep(0.2)
+        assert "photo.png" in screen(terminal.getvalue())[-1]  # the bar is there again
+    expected = [f"vqcodec: {number}.png: warning: a note" for number in range(20)]
+    assert [line for line in screen(terminal.getvalue()) if line] == expected
 
 
 def test_no_bar_is_shown_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,8 +624,38 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
     assert rgba["mode"] == "RGBA" and list(rgba["chunks"]) == ["grid1", "grid2", "alpha"]
 
 
-def test_the_help_of_info_names_every_field() -> None:
-    facts = json.loads(run("info", "--json", "file.vq2").stdout)
+def described(name: str) -> None:
+    """A picture that says who made it."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x0132] = "Maker", "Maker X\x1b[2J", "2024:05:01 11:00:00"
+    exif.get_ifd(0x8769)[0x9003] = "2024:05:01 10:30:00"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture().save(name, exif=exif, icc_profile=profile)
+
+
+def test_info_tells_camera_date_and_profile_and_which_grid_is_which(encode: Command) -> None:
+    described("photo.png")
+    succeeded(encode("photo.png"))
+    facts = json.loads(run("info", "--json", "photo.vq2").stdout)
+    assert (facts["camera"], facts["date"]) == ("Maker X\x1b[2J", "2024-05-01 10:30:00")
+    assert facts["profile"] == "sRGB built-in"
+    out = succeeded(run("info", "photo.vq2")).stdout
+    for line in ("camera +Maker X\\?\\[2J", "date +2024-05-01 10:30:00", "profile +sRGB built-in"):
+        assert re.search(f"^ *{line} *$", out, re.MULTILINE), out
+    assert re.search(r"grid1 .* bytes, top: ", out) and re.search(r"grid2 .* bytes, bottom: ", out)
+
+
+@pytest.mark.parametrize("exif, icc", [(b"II*\0", b"no"), (b"MM\0*\0\0\0\x08\xff\xff", b"\0" * 200), (b"", None)])
+def test_broken_metadata_says_nothing_about_a_picture(exif: bytes, icc: bytes | None) -> None:
+    from vqcodec.about import metadata_facts
+
+    assert metadata_facts(exif, icc) == {}
+
+
+def test_the_help_of_info_names_every_field(encode: Command) -> None:
+    described("photo.png")
+    succeeded(encode("photo.png"))
+    facts = json.loads(run("info", "--json", "photo.vq2").stdout)
     fields = run("info", "--help").stdout.split("Fields of the JSON object:")[1]
     for field in (*facts, *facts["chunks"]):
         assert re.search(rf"\b{field}\b", fields)

@@ -1,20 +1,25 @@
 """The command line's conveniences: previews, targets, folders, samples, comparisons, drawings, completion."""
 
+import errno
 import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import Result
 from PIL import Image
-from test_cli import Terminal, png, posix, refused, run, succeeded
+from test_cli import on_terminal, png, posix, refused, run, succeeded
 from tiny_model import WEIGHTS
 
 import cli
+from vqcodec import files
+from vqcodec.batch import Encode, Tally
 from vqcodec.codec import Codec
+from vqcodec.jobs import Job
 
 PHOTO = Path(__file__).parent / "images" / "photo.png"
 
@@ -127,14 +132,261 @@ def test_folders_without_work_and_outputs_that_are_files_are_refused(here: Path,
 
 
 def test_a_bar_counts_the_files_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    jobs = [cli._Job(str(photos / name), "") for name in ("a.png", "a.jpg")]
-    with cli._whole_bar(jobs) as advance:
-        assert advance
+    terminal = on_terminal(monkeypatch)
+    jobs = [Job(str(photos / name), "") for name in ("a.png", "a.jpg")]
+    with cli._whole_bar(jobs) as (watch, advance):
         for done, job in enumerate(jobs, start=1):
-            advance(job, cli._Tally(done=done, pixels=10**6))
+            with watch(job.source) as progress:
+                assert progress
+                progress(0.5)
+            advance(job, Tally(done=done, pixels=10**6))
+            time.sleep(0.2)
     assert "2 of 2 files" in terminal.getvalue() and "MP/s" in terminal.getvalue()
+
+
+# --- folders in the field ---
+
+
+def touch(path: Path, seconds: float) -> None:
+    """Moves a file's time on."""
+    time = path.stat().st_mtime_ns + round(seconds * 10**9)
+    os.utime(path, ns=(time, time))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    facts = json.loads(run("info", "--json", path).stdout)
+    return facts["width"], facts["height"]
+
+
+def test_outputs_of_a_folder_carry_the_times_of_their_inputs(here: Path, photos: Path) -> None:
+    touch(photos / "a.png", -(10**8))
+    encode("photos", "-o", "out", "-q", 2)
+    run("decode", "out", "-o", "back")
+    for name in ("a.png", "trip/b.webp"):
+        time = (photos / name).stat().st_mtime_ns
+        encoded = "a.png.vq2" if name == "a.png" else "trip/b.vq2"
+        for made in (here / "out" / encoded, here / "back" / encoded.replace(".vq2", ".png")):
+            assert made.stat().st_mtime_ns // 10**6 == time // 10**6
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_resume_does_again_what_is_older_than_its_input(here: Path, jobs: int) -> None:
+    (here / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 10)).save(here / "in" / name)
+    options = ["in", "-o", "out", "-q", 2, "--resume", "--jobs", jobs]
+    assert "2 done, 0 skipped" in succeeded(encode(*options)).stdout
+    Image.new("RGB", (30, 40)).save(here / "in" / "a.png")
+    touch(here / "in" / "a.png", 1)
+    assert "1 done, 1 skipped" in succeeded(encode(*options)).stdout
+    assert size_of(here / "out" / "a.vq2") == (30, 40)
+    assert "0 done, 2 skipped" in succeeded(encode(*options)).stdout
+    (here / "in" / "b.png").unlink()
+    Image.new("RGB", (50, 60)).save(here / "in" / "b.webp")  # under another ending
+    touch(here / "in" / "b.webp", 1)
+    assert "1 done, 1 skipped" in succeeded(encode(*options)).stdout
+    assert size_of(here / "out" / "b.vq2") == (50, 60)
+    touch(here / "in" / "a.png", 9)
+    listed = encode("in/a.png", "in/b.webp", "-o", "out/", *options[3:])
+    assert "1 done, 1 skipped" in succeeded(listed).stdout
+
+
+def test_names_of_outputs_stay_when_siblings_come_and_go(here: Path) -> None:
+    (here / "in").mkdir()
+    options = ["in", "-o", "out", "-q", 2, "--resume"]
+
+    def add(name: str, size: tuple[int, int], seconds: float) -> None:
+        Image.new("RGB", size).save(here / "in" / name)
+        touch(here / "in" / name, seconds)
+
+    def made() -> dict[str, tuple[int, int]]:
+        return {name: size_of(here / "out" / name) for name in tree(here / "out")}
+
+    add("a.jpg", (11, 1), 0)
+    succeeded(encode(*options))
+    for png_is_newer in (100, -100):
+        add("a.png", (22, 2), png_is_newer)
+        assert "1 done, 1 skipped" in succeeded(encode(*options)).stdout
+        assert made() == {"a.vq2": (11, 1), "a.png.vq2": (22, 2)}
+        (here / "out" / "a.png.vq2").unlink()
+    succeeded(encode(*options))
+    add("a.jpg", (33, 3), 200)  # edited
+    assert "1 done, 1 skipped" in succeeded(encode(*options)).stdout
+    assert made() == {"a.vq2": (33, 3), "a.png.vq2": (22, 2)}
+    (here / "in" / "a.jpg").unlink()
+    assert "0 done, 1 skipped" in succeeded(encode(*options)).stdout
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_folder_that_cannot_be_read_stops_nothing(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    (photos / "private").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if os.path.basename(path) == "private":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = encode("photos", "-o", "out", "-q", 2, "--jobs", jobs)
+    assert result.exit_code == 1 and tree(here / "out") == PICTURES
+    assert result.stderr.startswith("vqcodec: photos/private: permission denied: ")
+    assert "4 done, 0 skipped, 3 failed" in result.stdout and "failed  photos/private: permission" in result.stdout
+    refused(encode("photos/private", "-o", "out"), "photos/private: permission denied")
+
+
+@posix
+def test_a_pipe_in_a_folder_is_left_out_by_name(here: Path, photos: Path) -> None:
+    os.mkfifo(photos / "trip" / "pipe.png")
+    os.mkfifo(photos / "trip" / "other")
+    result = encode("photos", "-o", "out", "-q", 2)
+    assert tree(here / "out") == PICTURES
+    assert "warning: 1 files left out, as they cannot be read: photos/trip/pipe.png\n" in result.stderr
+    assert "2 failed, 1 left out" in result.stdout
+
+
+def test_an_output_place_that_cannot_be_written_is_noticed_before_the_work(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = files._create
+
+    def refuse(temporary: Path) -> object:
+        if temporary.parent.name in closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(temporary.parent))
+        return create(temporary)
+
+    monkeypatch.setattr(files, "_create", refuse)
+    closed = {"out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Codec, "load", lambda *_: pytest.fail("work has begun"))
+        (here / "out").mkdir()
+        for target in ("out", "out/a.vq2"):
+            refused(encode("photos/a.png", "-o", target, "-q", 2), f"{here}/out: permission denied")
+        refused(encode("photos", "-o", "out", "-q", 2), f"{here}/out: permission denied")
+    closed = {"trip"}  # one of several folders
+    with monkeypatch.context() as patch:
+        worked: list[str] = []
+        encode_one = Encode.__call__
+        patch.setattr(Encode, "__call__", lambda self, *args: worked.append("") or encode_one(self, *args))
+        result = encode("photos", "-q", 2)
+    assert len(worked) == 4  # for none of the two in trip
+    expected = f"photos/trip/b.webp: {photos}/trip: permission denied"
+    assert expected in result.stderr and f"failed  {expected}" in result.stdout
+
+
+def test_a_disk_that_fills_up_names_the_picture(here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vqcodec.files.os.fsync", full)
+    result = encode("photos", "-o", "out", "-q", 2)
+    assert "failed  photos/a.png: out/a.png.vq2: the disk is full" in result.stdout
+
+
+HEIC = b"\0\0\0\x18ftypheic"
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_named(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_picture_endings", lambda: {".png", ".jpg", ".webp"})  # plugins or not
+    for name in ("trip/b.DNG", "c.NEF", "e.svg"):
+        (photos / name).write_bytes(b"II*\0")
+    for name in ("d.HEIC", "heic"):
+        (photos / name).write_bytes(HEIC)
+    (photos / "Makefile").write_text("all:")
+    (photos / "noending").write_bytes(png())
+    result = encode("photos", "-o", "out", "-q", 2)
+    assert tree(here / "out") == sorted([*PICTURES, "noending.vq2"])
+    named = [f"photos/{name}" for name in ("c.NEF", "d.HEIC", "e.svg", "heic", "trip/b.DNG")]
+    advice = "develop raw files first, HEIC needs pip install 'vqcodec[heif]'"
+    assert f"warning: 5 files left out, as they cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
+    assert "2 failed, 5 left out" in result.stdout
+    (photos / "f.jxr").write_bytes(b"")
+    assert "photos/heic and 1 more (-v names them)" in encode("photos", "-o", "out", "-q", 2, "-f").stderr
+    assert "photos/heic, photos/trip/b.DNG: develop" in encode("photos", "-o", "out", "-q", 2, "-f", "-v").stderr
+    (here / "raw").mkdir()
+    (here / "raw" / "a.NEF").write_bytes(b"")
+    refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 that look like it cannot be read: develop raw")
+
+
+def test_pictures_of_phones_are_read_where_the_package_for_them_is_installed(here: Path, photos: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    (here / "phone").mkdir()
+    Image.open(PHOTO).convert("RGB").resize((64, 48)).save(here / "phone" / "a.HEIC", "HEIF")
+    os.link(here / "phone" / "a.HEIC", here / "phone" / "b")
+    assert "2 done, 0 skipped, 0 failed\n" in succeeded(encode("phone", "-o", "out", "-q", 2)).stdout
+    assert size_of(here / "out" / "a.vq2") == size_of(here / "out" / "b.vq2") == (64, 48)
+
+
+# --- how much is said ---
+
+
+def test_verbose_has_a_line_for_every_file_and_quiet_has_errors_alone(here: Path, photos: Path) -> None:
+    loud = encode("photos", "-o", "out", "-q", 2, "-v")
+    assert re.search(r"^out/trip/b.vq2  40 x 30  ", loud.stdout, re.MULTILINE) and "4 done" in loud.stdout
+    loud = encode("photos", "-o", "out", "-q", 2, "-v", "--resume")
+    assert "out/trip/b.vq2  is up to date\n" in loud.stdout
+    (photos / "x.nef").write_bytes(b"")
+    Image.fromarray(np.zeros((20, 30), np.uint16)).save(photos / "deep.png")
+    quiet = encode("photos", "-o", "out", "-q", 2, "-f", "--quiet")
+    assert quiet.exit_code == 1 and quiet.stdout == "" and len(quiet.stderr.splitlines()) == 2  # the bad ones
+    assert json.loads(encode("photos/a.png", "-f", "-q", 2, "--quiet", "--json").stdout)["status"] == "done"
+    assert encode("photos/a.png", "-v", "--quiet").exit_code == 2
+
+
+def test_an_interrupt_says_how_far_it_got_and_how_to_go_on(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_one, calls = Encode.__call__, iter(range(9))
+
+    def interrupt(self: Encode, *args: object) -> object:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return encode_one(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encode, "__call__", interrupt)
+        result = encode("photos", "-o", "out", "-q", 2, "-f")
+    assert result.exit_code == 130
+    going_on = "give the same command with --resume instead of -f to go on"
+    assert result.stderr.splitlines()[-1] == f"vqcodec: interrupted after 2 of 6 files: {going_on}"
+    assert "2 done, 2 skipped" in encode("photos", "-o", "out", "-q", 2, "--resume").stdout
+
+
+def test_an_output_given_as_an_input_gets_the_right_command(here: Path, photos: Path) -> None:
+    for existing in (False, True):
+        result = encode("photos/a.png", "out.vq2")
+        assert result.exit_code == 2 and "out.vq2 is no input: to name the output, write -o out.vq2" in result.stderr
+        result = run("decode", "out.vq2", "new.jpg")
+        assert result.exit_code == 2 and "new.jpg is no input: to name the output, write -o new.jpg" in result.stderr
+        if not existing:
+            succeeded(encode("photos/a.png", "-o", "out.vq2", "-q", 2))
+    result = encode("photos/a.png", "photos/a.jpg", "new.vq2")
+    assert result.exit_code == 2 and "new.vq2 is no input: to name a folder for the outputs" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["encode", "compare", "sample"])
+def test_a_quality_of_jpeg_gets_a_hint(here: Path, photos: Path, command: str) -> None:
+    args = ["-o", "drawn"] if command == "sample" else ["photos/a.png"]
+    result = run(command, *args, "-q", "85")
+    assert result.exit_code == 2 and "85 is not in the range from 1 to 8: it is not a JPEG's" in result.stderr
+
+
+def test_a_file_that_is_larger_than_its_original_is_called_so(here: Path, photos: Path) -> None:
+    Image.new("L", (1, 1)).save("dot.gif")
+    small = os.path.getsize("dot.gif")
+    result = succeeded(encode("dot.gif", "-q", 3))
+    assert small < os.path.getsize("dot.vq2")
+    assert result.stdout.endswith(f"  larger than the original's {small:,} bytes\n")
+    assert "larger" not in succeeded(run("decode", "dot.vq2")).stdout
+    (here / "in").mkdir()
+    os.link("dot.gif", "in/dot.gif")
+    assert "larger  1 than their originals" in succeeded(encode("in", "-o", "out", "-q", 3)).stdout
+    assert "larger" not in succeeded(encode("photos/a.png", "-q", 2)).stdout
 
 
 # --- targets ---
@@ -161,13 +413,17 @@ def test_targets_are_met_within_their_tolerance(photo: Path, codec: Codec) -> No
 
     facts = json.loads(succeeded(encode("-f", "--json", "photo.png", "--target-psnr", db(encoded))).stdout)
     assert abs(db(Path("photo.vq2").read_bytes()) - db(encoded)) <= 0.1
-    assert 1 <= facts["quality"] <= 3
+    assert 1 <= facts["quality"] <= 3 and facts["target_met"] is True
+    succeeded(encode("-f", "photo.png", "--target-psnr", db(encoded), "--strict"))
 
 
 def test_a_target_out_of_reach_is_a_warning_with_both_values(photo: Path) -> None:
     result = encode("photo.png", "--target-size", "10kB", "--strip")
     assert result.exit_code == 0
     size = os.path.getsize("photo.vq2")
+    assert json.loads(encode("-f", "--json", "photo.png", "--target-size", "10kB").stdout)["target_met"] is False
+    assert encode("-f", "photo.png", "--target-size", "10kB", "--strict").exit_code == 1
+    assert "warning: 10,000 bytes" in encode("-f", "photo.png", "--target-size", "10kB", "--strict", "--quiet").stderr
     expected = f"photo.png: warning: 10,000 bytes cannot be reached: the nearest is {size:,} bytes, at quality 3.00"
     assert expected in result.stderr
 
@@ -231,6 +487,14 @@ def test_samples_are_named_by_their_seeds_and_come_again(here: Path) -> None:
     assert warm != codec_sample(Codec.load(), 0.1)
 
 
+def test_samples_are_calmer_than_the_model_s_odds_unless_one_asks(here: Path, codec: Codec) -> None:
+    args = ["sample", "--size", "48x32", "-q", 2]
+    succeeded(run(*args, "-o", "calm"))
+    succeeded(run(*args, "-o", "odds", "--temperature", 1))
+    calm, odds = (Image.open(f"{folder}/sample-0.png").tobytes() for folder in ("calm", "odds"))
+    assert calm == codec_sample(codec, 0.8) and odds == codec_sample(codec, 1.0)
+
+
 def codec_sample(codec: Codec, temperature: float) -> bytes:
     return codec.sample(48, 32, 2, temperature=temperature).tobytes()
 
@@ -271,6 +535,10 @@ def test_compare_writes_one_page_with_everything_in_it(photo: Path) -> None:
     assert titles[0] == "original" and titles.count("JPEG") == titles.count("WEBP") == 2
     assert "vq2, quality 1" in titles and "vq2, quality 2.5" in titles
     assert page.count("<img") == len(titles) and "http" not in page
+    size = os.path.getsize("photo.png")
+    assert f"<b>original</b><br>PNG, 192 x 160 pixels, {size:,} bytes" in page
+    assert len(re.findall(r"<b>(JPEG|WEBP)</b>, quality \d+<br>", page)) == 4
+    assert page.count('<figure data-name="JPEG, quality ') == 2 and 'id="slider"' in page
     sizes = [int(size.replace(",", "")) for size in re.findall(r"<br>([\d,]+) bytes, [\d.]+ bpp<br>PSNR \d+", page)]
     assert len(sizes) == len(titles) - 1
     refused(run("compare", "photo.png", "-q", 1), "photo.html: exists already")
@@ -299,23 +567,20 @@ def test_rivals_are_as_large_as_they_can_be_without_being_larger(photo: Path) ->
     pixels = np.asarray(Image.open(photo).convert("RGB"))
     files = [_file(pixels, "JPEG", quality=quality) for quality in range(101)]
     wanted = len(files[40]) + 1
-    found = len(_nearest(pixels, "JPEG", {}, wanted))
-    assert found <= wanted and found >= len(files[39])
-    assert len(_nearest(pixels, "JPEG", {}, 1)) == len(files[0])
+    quality, found = _nearest(pixels, "JPEG", {}, wanted)
+    assert found == files[quality] and len(files[39]) <= len(found) <= wanted
+    assert _nearest(pixels, "JPEG", {}, 1) == (0, files[0])
 
 
 def test_info_draws_the_grids_and_their_bits(photo: Path, codec: Codec) -> None:
-    from vqcodec.codec import examine
-
     succeeded(encode("photo.png", "-q", 2))
     data = Path("photo.vq2").read_bytes()
     assert "photo.vq2" in succeeded(run("info", "--grids", "grids.png", "photo.vq2")).stdout
     assert Image.open("grids.png").format == "PNG"
     chunks = json.loads(run("info", "--json", "photo.vq2").stdout)["chunks"]
-    looks = examine(codec, data)
+    looks = codec.examine(data)
     for (indices, bits), grid, size in zip(looks, codec.model.config.grids, chunks.values(), strict=True):
-        assert indices.shape == (grid.groups, *bits.shape)
-        assert bits.shape == (160 // grid.stride, 192 // grid.stride)
+        assert indices.shape == bits.shape == (grid.groups, 160 // grid.stride, 192 // grid.stride)
         assert bits.sum() / 8 <= size + 1 <= bits.sum() / 8 + 10  # what the coder adds
     refused(run("info", "--grids", "grids.png", "photo.vq2"), "grids.png: exists already")
     assert run("info", "--grids", "g.png", "photo.vq2", "photo.vq2").exit_code == 2

@@ -14,12 +14,13 @@ from PIL import Image
 from test_cli import refused, run
 from tiny_model import WEIGHTS
 
-from vqcodec.batch import Encode, Made, WorkerError, spread
+from bitstream.errors import ClusterError, WorkerError
+from vqcodec.batch import Encode, Made, spread
 from vqcodec.codec import Codec, Progress
 
 ray = pytest.importorskip("ray")
 
-from vqcodec.cluster import ClusterError, RayPool  # noqa: E402
+from vqcodec.cluster import RayPool  # noqa: E402
 
 PHOTO = Path(__file__).parent / "images" / "photo.png"
 

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rans import read
 
 from bitstream import container as spec
 from bitstream import errors, rans
 from bitstream.container import ColourMode, Container, Header, checksum, pack, unpack, verify
 from bitstream.errors import BitstreamError, DamagedError, LimitError
+from vqcodec import flat
 
 HEADER = Header(level=3, width=96, height=64, colour=ColourMode.RGB, fingerprint=b"weights!")
 GRIDS = [np.arange(24).reshape(2, 3, 4), np.arange(96).reshape(2, 6, 8) * 5]
@@ -38,6 +40,7 @@ def containers(draw: st.DrawFn) -> Container:
         Header(draw(st.integers(1, 255)), *sides, colour, draw(fingerprints)),
         draw(st.integers(0, 2**32 - 1)),
         tuple(draw(st.lists(contents, min_size=1, max_size=8))),
+        flat=draw(contents | st.none()),
         alpha=draw(contents) if colour.has_alpha else None,
         icc=draw(contents | st.none()),
         exif=draw(contents | st.none()),
@@ -81,7 +84,7 @@ def test_the_header_is_as_specified() -> None:
     data = pack(Container(header, 0x0A0B0C0D, (b"",)))
     expected = {
         "magic": b"\xf6VQ2",
-        "version": b"\1",
+        "version": b"\2",
         "level": b"\x09",
         "colour": b"\0",
         "width": b"\1\2\3",
@@ -105,7 +108,7 @@ def test_the_header_is_as_specified() -> None:
 
 def test_a_header_field_out_of_range_is_refused_as_specified() -> None:
     elsewhere = {"height": "LimitError", "fingerprint": "ModelMismatchError", "checksum": "DamagedError"}
-    wrong = {"magic": b"\x89PNG", "version": b"\2", "level": b"\0", "colour": b"\4", "width": b"\xff" * 3}
+    wrong = {"magic": b"\x89PNG", "version": b"\1", "level": b"\0", "colour": b"\4", "width": b"\xff" * 3}
     data = pack(dataclasses.replace(RGB, header=dataclasses.replace(HEADER, height=1)))
     data = data[:10] + b"\xff" * 3 + data[13:]
     for row, size, field, _, error in documented("Header"):
@@ -118,9 +121,26 @@ def test_a_header_field_out_of_range_is_refused_as_specified() -> None:
 
 
 def test_the_colour_modes_are_as_specified() -> None:
-    rows = documented("Colour modes")
-    modes = [(int(value), name, "alpha chunk" in planes) for value, name, planes in rows]
-    assert modes == [(mode.value, mode.name, mode.has_alpha) for mode in ColourMode]
+    modes = [
+        (int(value), name, coded == "1", "green" in out, alpha == "chunk")
+        for value, name, coded, out, alpha in documented("Colour modes")
+    ]
+    assert modes == [(mode.value, mode.name, mode.one_plane, mode.has_hue, mode.has_alpha) for mode in ColourMode]
+    equal = {mode.name for mode, (*_, out, _) in zip(ColourMode, documented("Colour modes"), strict=True) if "=" in out}
+    assert {mode.name for mode in ColourMode if mode.has_hue and mode.one_plane} == equal
+
+
+def test_the_modes_of_equal_planes_show_what_their_picture_had() -> None:
+    shown = {mode: mode.shown for mode in ColourMode if mode is not mode.shown}
+    assert shown == {ColourMode.EQUAL_RGB: ColourMode.RGB, ColourMode.EQUAL_RGBA: ColourMode.RGBA}
+    for mode in ColourMode:
+        assert mode.equal.one_plane and mode.equal.shown is mode.shown
+        assert not mode.opaque.has_alpha and mode.opaque.one_plane == mode.one_plane
+
+
+def test_a_colour_byte_that_is_no_mode_is_refused() -> None:
+    for value in {*range(256)} - {0, 1, 2, 3, 5, 7}:
+        assert refused(pack(RGB)[:6] + bytes([value]) + pack(RGB)[7:])
 
 
 def test_the_chunk_types_are_as_specified() -> None:
@@ -136,8 +156,11 @@ def test_the_constants_in_the_text_are_those_of_the_code() -> None:
     assert f"It has at most {spec.MAX_VARINT_BYTES} bytes" in text
     assert f"2^{spec.DEFAULT_MAX_PIXELS.bit_length() - 1} pixels unless told otherwise" in text
     assert f"so 1..2^{spec.MAX_SIDE.bit_length() - 1} pixels" in text
-    assert f"for every {spec.BLOCKS_PER_BYTE} blocks of {spec.BLOCK} x {spec.BLOCK} pixels" in text
-    assert f"ceil(ceil(width / {spec.BLOCK}) * ceil(height / {spec.BLOCK}) / {spec.BLOCKS_PER_BYTE})" in text
+    assert f"width or height exceed {spec.LONGEST} times the limit" in text
+    assert f"the width and height in blocks of {spec.BLOCK} x {spec.BLOCK} pixels, rounded up" in text
+    assert f"ceil(max(W, H) * max({spec.LEAST_SIDE}, min(W, H)) / {spec.BLOCKS_PER_BYTE})" in text
+    assert f"for every {spec.BLOCKS_PER_BYTE} blocks, of which thin pictures count {spec.LEAST_SIDE} side" in text
+    assert f"{flat.BLOCK} x {flat.BLOCK} pixels each" in text and f"number of colours, 1..{flat.MAX_COLOURS}" in text
     assert f"of the {spec.HEADER_BYTES - 4} header bytes before it" in text
     assert f"first {spec.FINGERPRINT_BYTES} bytes of the SHA-256" in text
 
@@ -145,10 +168,13 @@ def test_the_constants_in_the_text_are_those_of_the_code() -> None:
 def test_golden_bytes_have_not_changed() -> None:
     header = Header(2, 17, 9, ColourMode.GREY_ALPHA, bytes(range(8)))
     grids = [np.array([[[1, 2]], [[3, 255]]]), np.array([[[511]]], np.uint16)]
-    golden = Container(header, checksum(header, grids), (b"\1\2\3\4", b""), alpha=b"png", xmp=b"x" * 130)
+    golden = Container(
+        header, checksum(header, grids, b"\1\xff\3"), (b"\1\2\3\4", b""), b"\1\xff\3", b"png", xmp=b"x" * 130
+    )
     data = bytes.fromhex(
-        "f6565132 01 02 02 100000 080000 0001020304050607 54b98b98"  # header
+        "f6565132 02 02 02 100000 080000 0001020304050607 e69899a0"  # header
         "01 04 01020304  02 00"  # grids
+        "40 07 01ff03 de41bfb1"  # flat blocks, with their CRC-32
         "41 07 706e67 c63ab57e"  # alpha, with its CRC-32
         "44 8601" + "78" * 130 + "13058ddf"  # xmp, with a length of two bytes
         "7f"
@@ -161,6 +187,15 @@ def test_the_checksum_is_the_crc_of_header_and_indices() -> None:
     data = pack(RGB)
     indices = b"".join(int(index).to_bytes(2, "little") for grid in GRIDS for index in grid.ravel())
     assert int.from_bytes(data[21:25], "little") == zlib.crc32(data[:21] + indices)
+    assert checksum(HEADER, GRIDS, b"flat") == zlib.crc32(data[:21] + b"flat" + indices)
+
+
+def test_flat_blocks_that_are_taken_out_or_exchanged_are_noticed() -> None:
+    whole = dataclasses.replace(RGB, checksum=checksum(HEADER, GRIDS, b"flat"), flat=b"flat")
+    verify(unpack(pack(whole)), GRIDS)
+    for other in (None, b"", b"flag"):
+        with pytest.raises(DamagedError, match="do not match"):
+            verify(unpack(pack(dataclasses.replace(whole, flat=other))), GRIDS)
 
 
 # --- there and back ---
@@ -225,16 +260,17 @@ def test_flipping_any_bit_of_a_file_is_refused() -> None:
     def decode(data: bytes | bytearray) -> Container:
         container, grids = unpack(data), []
         for grid, original in zip(container.grids, GRIDS, strict=False):
-            decoder = rans.Decoder(grid)
-            grids.append(decoder.pop(uniform[: original.size]).reshape(original.shape))
-            decoder.finish()
+            symbols, empty = read(grid, uniform[: original.size])
+            if not empty:
+                raise DamagedError
+            grids.append(np.array(symbols).reshape(original.shape))
         verify(container, grids)
         return container
 
     header = dataclasses.replace(HEADER, colour=ColourMode.RGBA)
     payloads = tuple(payload(grid.ravel()) for grid in GRIDS)
-    optional = {"alpha": b"alpha", "icc": b"", "exif": b"Exif" * 40, "xmp": b"\x7f\x44\x01"}
-    original = Container(header, checksum(header, GRIDS), payloads, **optional)
+    optional = {"flat": b"flat", "alpha": b"alpha", "icc": b"", "exif": b"Exif" * 40, "xmp": b"\x7f\x44\x01"}
+    original = Container(header, checksum(header, GRIDS, b"flat"), payloads, **optional)
     data = pack(original)
     assert decode(data) == original
     for bit in range(8 * len(data)):
@@ -263,9 +299,10 @@ def test_what_does_not_start_with_the_magic_is_not_a_vq2_file(data: bytes) -> No
     assert refused(data, errors.NotVq2Error)
 
 
-def test_a_newer_version_is_refused_by_both_numbers() -> None:
-    with pytest.raises(errors.UnsupportedVersionError, match="version 2, this release reads version 1"):
-        unpack(b"\xf6VQ2\2")
+@pytest.mark.parametrize("version", [0, 1, 3, 255])
+def test_another_version_is_refused_by_both_numbers(version: int) -> None:
+    with pytest.raises(errors.UnsupportedVersionError, match=f"version {version}, this release reads version 2: ins"):
+        unpack(b"\xf6VQ2" + bytes([version]))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +330,10 @@ def test_a_length_that_is_not_minimal_or_too_long_is_refused(varint: str) -> Non
         [b"\1\0", sealed(0x42, b"icc"), sealed(0x42, b"icc")],
         [b"\1\0", sealed(0x43, b"exif"), sealed(0x42, b"icc")],
         [b"\1\0", sealed(0x45, b"unknown")],
-        [b"\1\0", sealed(0x40, b"unknown")],
+        [b"\1\0", sealed(0x3F, b"unknown")],
+        [sealed(0x40, b"flat"), b"\1\0"],
+        [b"\1\0", b"\x40\x08flat0000"],
+        [b"\1\0", sealed(0x42, b"icc"), sealed(0x40, b"flat")],
         [b"\1\0", sealed(0xFF, b"unknown")],
         [b"\1\0", b"\x42\3icc"],
         [b"\1\0", b"\x42\7icc0000"],
@@ -327,15 +367,36 @@ def test_the_limit_is_inclusive_and_the_callers_choice() -> None:
         unpack(data, max_pixels=96 * 64 - 1)
 
 
+def test_the_limit_bounds_the_longer_side_too() -> None:
+    for width, height in ((800, 1), (1, 800)):
+        data = padded(width, height)
+        assert unpack(data, max_pixels=100**2).grids == RGB.grids
+        with pytest.raises(LimitError, match="the limit of 9999 pixels allows 799 a side: raise it"):
+            unpack(data, max_pixels=100**2 - 1)
+    # As long as the pictures of any other format that is in use.
+    with pytest.raises(LimitError, match="1 x 92682 pixels, the limit of 134217728 pixels allows 92681 a side"):
+        unpack(padded(1, 92682))
+    assert unpack(padded(92681, 1)).header.width == 92681
+
+
 def padded(width: int, height: int) -> bytes:
     return pack(dataclasses.replace(RGB, header=dataclasses.replace(HEADER, width=width, height=height)))
 
 
 @pytest.mark.parametrize(
     ("width", "height", "size"),
-    [(16, 16, 1), (1024, 1024, 256), (1025, 1024, 260), (1024, 1040, 260), (2**24, 1, 65536), (1, 2**24, 65536)],
+    [
+        (16, 16, 2),
+        (1024, 1024, 1024),
+        (1025, 1024, 1040),
+        (1024, 1040, 1040),
+        (1024, 128, 128),
+        (1024, 1, 128),
+        (2**16, 1, 2**13),
+        (1, 2**16, 2**13),
+    ],
 )
-def test_a_file_is_padded_to_a_byte_for_16_blocks(width: int, height: int, size: int) -> None:
+def test_a_file_is_padded_to_a_byte_for_4_blocks(width: int, height: int, size: int) -> None:
     data, plain = padded(width, height), len(padded(1, 1))
     assert len(data) == max(size, plain)
     assert data[plain - 1] == spec.END and not any(data[plain:])
@@ -353,7 +414,7 @@ def test_padding_that_is_short_or_long_or_not_zero_is_refused() -> None:
 @given(st.integers(1, 2**12), st.integers(1, 2**12), st.binary(max_size=64))
 def test_a_file_that_claims_more_blocks_than_its_size_allows_is_refused(w: int, h: int, tail: bytes) -> None:
     data = padded(w, h)[:25] + tail
-    if -(-w // 16) * -(-h // 16) > 16 * len(data):
+    if -(-w // 16) * -(-h // 16) > 4 * len(data):
         assert refused(data)
 
 

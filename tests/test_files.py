@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vqcodec.files import write_atomically
+from vqcodec.files import check_writable, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX file systems only")
 
@@ -196,14 +196,58 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     real, link = tmp_path / "folder" / "real.vq2", tmp_path / "link.vq2"
     link.symlink_to(real)
-    with write_atomically(link) as file:  # a link to nothing yet
-        file.write(b"first")
+    real.write_bytes(b"first")
     with pytest.raises(FileExistsError), write_atomically(link):
         pass
     with write_atomically(link, force=True) as file:
         file.write(b"second")
     assert link.is_symlink() and real.read_bytes() == b"second"
     assert sorted(os.listdir(tmp_path)) == ["folder", "link.vq2"]
+
+
+@posix
+def test_a_link_to_nothing_is_not_followed(tmp_path: Path) -> None:
+    link = tmp_path / "link.vq2"
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError), write_atomically(link):
+        pass
+    assert link.is_symlink()
+    with write_atomically(link, force=True) as file:
+        file.write(b"new")
+    assert not link.is_symlink() and link.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["link.vq2"]
+
+
+def test_a_file_gets_the_time_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time, odd = 10**18 + 123456789, 10**18 + 10**9
+    with write_atomically(tmp_path / "a", modified=time):
+        pass
+    assert (tmp_path / "a").stat().st_mtime_ns // 10**6 == time // 10**6
+
+    def even_seconds(path: Path, ns: tuple[int, int]) -> None:
+        utime(path, ns=(ns[0] // (2 * 10**9) * 2 * 10**9,) * 2)
+
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", even_seconds)  # as on a memory card
+    with write_atomically(tmp_path / "b", modified=odd):
+        pass
+    assert odd <= (tmp_path / "b").stat().st_mtime_ns <= odd + 2 * 10**9
+
+
+def test_whether_a_file_can_be_written_is_known_without_writing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    for name in ("file", "new", "not/yet/there/new"):
+        check_writable(tmp_path / name)
+    with pytest.raises(NotADirectoryError) as caught:
+        check_writable(tmp_path / "file" / "new")
+    assert caught.value.filename == str(tmp_path / "file")
+    if os.name == "posix":
+        check_writable("/dev/null")
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    check_writable(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -23,7 +23,7 @@ from vqcodec.models import dyadic
 from vqcodec.weights import SHIPPED
 
 TEXT = (Path(container.__file__).parent / "FORMAT.md").read_text("utf-8")
-ALPHA = {f"alpha-{fault}" for fault in ("cut", "in-16-bit", "in-colour", "not-a-png-file", "of-another-size")}
+OF_PIXELS = "alpha-png-", "flat-content-"
 NAMES = [line.split()[1] for line in (GOLDEN / "decode.txt").read_text().splitlines()]
 
 
@@ -150,7 +150,7 @@ def test_the_reference_decoder_reads_a_file_of_the_shipped_model() -> None:
 def test_the_reference_decoder_refuses_what_is_to_be_refused(tiny: Weights) -> None:
     for path in (GOLDEN / "refuse").iterdir():
         refusal = pytest.raises(reference_decoder.Refused)
-        if path.stem in ALPHA:  # it takes no look at pixels
+        if path.stem.startswith(OF_PIXELS):  # it takes no look at pixels
             refusal = contextlib.nullcontext()
         with refusal:
             reference_decoder.decode(path.read_bytes(), tiny)

@@ -3,6 +3,7 @@ import itertools
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_golden import png_chunk, png_header, wrong_alphas
 from PIL import Image, ImageCms, ImageOps
 
 from bitstream.container import ColourMode
@@ -353,7 +355,7 @@ def test_a_picture_over_the_limit_is_refused_before_it_is_decoded() -> None:
     bomb = png(1, 1, 8, 2, b"abc").replace(struct.pack(">II", 1, 1), struct.pack(">II", 60000, 50000))
     ihdr = bomb.index(b"IHDR")
     bomb = bomb[: ihdr + 17] + struct.pack(">I", zlib.crc32(bomb[ihdr : ihdr + 17])) + bomb[ihdr + 21 :]
-    with pytest.raises(ImageError, match="60000 x 50000 = 3000000000 pixels, the limit is 268435456"):
+    with pytest.raises(ImageError, match="60000 x 50000 pixels, the limit is 134217728"):
         read(bomb)
 
 
@@ -361,9 +363,17 @@ def test_the_limit_is_the_callers_and_pillows_own_is_left_as_it_was(monkeypatch:
     data = file_of(Image.new("L", (10, 10)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
     assert read(data, max_pixels=100).pixels.shape == (10, 10, 3)
-    with pytest.raises(ImageError, match="10 x 10 = 100 pixels, the limit is 99"):
+    with pytest.raises(ImageError, match="10 x 10 pixels, the limit is 99"):
         read(data, max_pixels=99)
     assert Image.MAX_IMAGE_PIXELS == 7
+
+
+def test_what_is_too_long_to_be_decoded_again_is_not_read() -> None:
+    for size in ((800, 1), (1, 800)):
+        data = file_of(Image.new("L", size))
+        assert read(data, max_pixels=100**2).pixels.size == 2400
+        with pytest.raises(ImageError, match="the limit of 9999 pixels allows 799 a side"):
+            read(data, max_pixels=100**2 - 1)
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
@@ -600,10 +610,45 @@ def test_alpha_that_is_not_8_bit_grey_png_of_this_size_is_damage(data: bytes) ->
         unpack_alpha(data, 5, 4)
 
 
-def test_alpha_of_a_wrong_size_is_refused_before_pillow_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", wrong_alphas())
+def test_any_other_png_is_refused_before_pillow_sees_it(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image, "_open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(DamagedError, match="5 x 4"):
-        unpack_alpha(pack_alpha(noise(40, 50)), 5, 4)
+    with pytest.raises(DamagedError, match="48 x 40 pixels in 8-bit grey"):
+        unpack_alpha(wrong_alphas()[fault], 48, 40)
+
+
+def test_an_alpha_may_lie_in_any_number_of_data_chunks() -> None:
+    alpha = noise(40, 48)
+    stream = zlib.compress(bytes(b for row in alpha for b in (0, *row)))
+    for parts in (
+        [stream],
+        [stream[:9], stream[9:]],
+        [b"", stream, b""],
+        [stream[i : i + 7] for i in range(0, len(stream), 7)],
+    ):
+        data = [png_header(), *(png_chunk(b"IDAT", part) for part in parts), png_chunk(b"IEND")]
+        assert (unpack_alpha(b"\x89PNG\r\n\x1a\n" + b"".join(data), 48, 40) == alpha).all()
+
+
+def test_no_more_of_an_alpha_is_inflated_than_the_picture_has() -> None:
+    bomb = png_header() + png_chunk(b"IDAT", zlib.compress(bytes(2**26))) + png_chunk(b"IEND")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DamagedError, match="not 1960 bytes"):
+            unpack_alpha(b"\x89PNG\r\n\x1a\n" + bomb, 48, 40)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("other", [Image.new("L", (2**14, 2**14)), Image.new("RGB", (5, 4))])
+def test_an_alpha_that_pillow_reads_otherwise_is_refused_before_it_is_loaded(
+    other: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image, "_open", lambda *_: other)
+    monkeypatch.setattr(other, "load", lambda: pytest.fail("loaded"))
+    with pytest.raises(DamagedError, match="cannot be decoded"):
+        unpack_alpha(pack_alpha(noise(4, 5)), 5, 4)
 
 
 def test_the_endings_are_known_in_a_process_that_has_opened_no_picture() -> None:

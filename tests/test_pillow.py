@@ -150,7 +150,7 @@ def test_truncated_and_damaged_files_are_os_errors(monkeypatch: pytest.MonkeyPat
 
 def test_a_decompression_bomb_is_refused() -> None:
     data = saved(Image.new("RGB", (16, 16)))
-    bomb = (data[:7] + b"\xff\xff\0" * 2 + data[13:]).ljust(2**20, b"\0")  # padded as its size asks for
+    bomb = (data[:7] + b"\xff\xff\0" * 2 + data[13:]).ljust(2**22, b"\0")  # padded as its size asks for
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(bomb))
 

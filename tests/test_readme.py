@@ -54,6 +54,18 @@ def test_the_commands_of_the_readme_run(here: Path) -> None:
         assert result.exit_code == 0, (words, result.output)
 
 
+def test_the_target_sizes_of_the_readme_can_be_reached_with_its_photo() -> None:
+    from PIL import Image
+
+    import vqcodec
+    from vqcodec.targets import parse_size
+
+    smallest, largest = (len(vqcodec.encode(Image.open(OTTERS), quality, effort=0)) for quality in (1, 8))
+    sizes = [parse_size(size) for size in re.findall(r"--target-size (\S+)", README)]
+    sizes += [int(size) for size in re.findall(r'Target\("size", ([\d_]+)\)', README)]
+    assert len(sizes) == 2 and all(1.1 * smallest < size < 0.9 * largest for size in sizes)
+
+
 def test_the_python_examples_of_the_readme_run(here: Path, pillow_plugin: None) -> None:
     names: dict[str, object] = {}
     for example in blocks("python"):

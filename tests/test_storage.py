@@ -1,7 +1,9 @@
 """URLs as inputs and outputs: memory:// stands for all that is not a file of this machine."""
 
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def test_a_remote_folder_is_encoded_like_a_local_one(here: Path, memory: dict[st
     result = encode("memory://photos", "-o", "memory://small", "--jobs", jobs)
     assert result.exit_code == 1 and "2 done, 0 skipped, 1 failed" in result.stdout
     assert result.stderr.startswith("vqcodec: memory://photos/bad.png: not an image")
-    assert storage.find("memory://small", {".vq2"}) == ["a.vq2", "trip/b.vq2"]
+    assert storage.find("memory://small", {".vq2"}).paths == ["a.vq2", "trip/b.vq2"]
     assert storage.read("memory://small/trip/b.vq2") == (here / "photo.vq2").read_bytes()
     back = succeeded(run("decode", "memory://small", "-o", "back", "--json"))
     assert json.loads(back.stdout.splitlines()[0])["file"] == "memory://small/a.vq2"
@@ -89,12 +91,52 @@ def test_what_is_wrong_with_a_url_is_one_line(memory: dict[str, bytes], monkeypa
     refused(encode("memory://none.png"), "memory://none.png: no such file")
     refused(encode("nowhere://a.png"), "nowhere://a.png: Protocol not known: nowhere")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    refused(encode("s3://bucket/a.png"), "pip install 'vqcodec[ray]'")
+    refused(encode("s3://bucket/a.png"), "pip install 'vqcodec[urls]'")
 
 
 def test_without_ray_the_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli.find_spec", lambda _: None)
     refused(encode("photo.png", "--engine", "ray"), "--engine ray needs the package ray: pip install 'vqcodec[ray]'")
+
+
+def test_a_folder_in_an_archive_is_encoded_like_any_other(here: Path, memory: dict[str, bytes]) -> None:
+    picture = (here / "photo.png").read_bytes()
+    with zipfile.ZipFile(here / "a.zip", "w") as archive:
+        for name in ("a.png", "trip/b.png", "trip/day 2/c.png"):
+            archive.writestr(name, picture)
+    storage.write("memory://store/a.zip", (here / "a.zip").read_bytes(), force=False)
+    for archive_url in (f"{here}/a.zip", f"file://{here}/a.zip", "memory://store/a.zip"):
+        result = succeeded(encode(f"zip://trip::{archive_url}", "-o", "out", "--json", "-f"))
+        first, second, _ = map(json.loads, result.stdout.splitlines())
+        assert (first["file"], first["output"]) == (f"zip://trip/b.png::{archive_url}", "out/b.vq2")
+        assert second["output"] == os.path.join("out", "day 2", "c.vq2")
+    assert "3 done" in succeeded(encode("zip://::a.zip", "-o", "memory://all")).stdout
+    assert "0 done, 3 skipped" in succeeded(encode("zip://::a.zip", "-o", "memory://all", "--resume")).stdout
+    succeeded(encode("zip://trip/b.png::a.zip", "-o", "one/"))
+    assert (here / "one" / "b.vq2").is_file()
+    refused(encode("zip://none.png::a.zip", "-o", "none.vq2"), "zip://none.png::a.zip: no such file")
+    refused(encode("zip://a.png::a.zip"), "zip://a.vq2::a.zip: ")  # which is not written into
+    assert zipfile.ZipFile(here / "a.zip").namelist() == ["a.png", "trip/b.png", "trip/day 2/c.png"]
+
+
+def test_names_in_chains_are_those_of_the_first_url() -> None:
+    assert storage.split("zip://trip/a.png::s3://b/c.zip") == ("zip://trip::s3://b/c.zip", "a.png")
+    assert storage.split("zip://a.png::c.zip") == ("zip://::c.zip", "a.png")
+    assert storage.split("simplecache::s3://b/a.png") == ("simplecache::s3://b", "a.png")
+    assert storage.join("zip://::c.zip", "x/a.png") == "zip://x/a.png::c.zip"
+    assert storage.join("simplecache::s3://b", "a.png") == "simplecache::s3://b/a.png"
+    assert storage.split("memory://a.png") == ("memory://", "a.png")
+
+
+def test_resume_knows_the_times_of_what_lies_elsewhere(here: Path, memory: dict[str, bytes]) -> None:
+    succeeded(encode("photo.png", "-o", "memory://new/"))
+    skipped = succeeded(encode("photo.png", "-o", "memory://new/", "--resume")).stdout
+    assert "0 done, 1 skipped" in skipped
+    later = (here / "photo.png").stat().st_mtime_ns + 3600 * 10**9
+    os.utime(here / "photo.png", ns=(later, later))
+    again = succeeded(encode("photo.png", "-o", "memory://new/", "--resume")).stdout
+    assert again.startswith("memory://new/photo.vq2  40 x 30")
+    assert storage.modified("memory://none") is None and storage.modified("nowhere://a") is None
 
 
 def test_a_list_of_urls_goes_to_a_remote_folder(memory: dict[str, bytes]) -> None:

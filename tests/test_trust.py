@@ -17,7 +17,7 @@ from tiny_model import GOLDEN, WEIGHTS
 from bitstream import container, rans
 from bitstream.container import ColourMode, Container, Header
 from bitstream.errors import BitstreamError, WeightsError
-from vqcodec.codec import Codec, decode_indices, decode_picture
+from vqcodec.codec import Codec
 from vqcodec.image import Picture
 from vqcodec.weights import load_weights
 
@@ -61,7 +61,8 @@ def test_fuzz_targets_pass_on_mutations(pillow_plugin: None, seed: bytes, data: 
     start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(seed))] * 2)))
     insert = data.draw(st.binary(max_size=40) | st.sampled_from(SMALL).map(lambda other: other[start:end]))
     mutated = seed[:start] + insert + seed[end:]
-    for content in (mutated, targets.repaired(mutated)):
+    structure = targets.restructured(seed, data.draw(st.integers(0, 10**6)))
+    for content in (mutated, targets.repaired(mutated), structure):
         for target in targets.TARGETS.values():
             target(content)
 
@@ -88,7 +89,7 @@ def test_any_single_corruption_is_refused(codec: Codec, file: bytes, data: st.Da
 @st.composite
 def pictures(draw: st.DrawFn) -> Picture:
     sides = draw(st.integers(1, 64)), draw(st.integers(1, 64))
-    rng, colour = np.random.default_rng(draw(st.integers(0, 10**6))), draw(st.sampled_from(ColourMode))
+    rng, colour = np.random.default_rng(draw(st.integers(0, 10**6))), draw(st.sampled_from(ColourMode)).shown
     pixels = rng.integers(0, 256, (*sides, 3), np.uint8)
     if colour.opaque is ColourMode.GREY:
         pixels = np.repeat(pixels[..., :1], 3, axis=2)
@@ -99,7 +100,7 @@ def pictures(draw: st.DrawFn) -> Picture:
 @settings(max_examples=60)
 @given(pictures(), st.floats(1, 3))
 def test_size_mode_alpha_and_metadata_of_any_picture_come_back(codec: Codec, picture: Picture, quality: float) -> None:
-    back = decode_picture(codec, codec.encode(picture, quality))
+    back = codec.decode_picture(codec.encode(picture, quality))
     assert (back.pixels.shape, back.colour) == (picture.pixels.shape, picture.colour)
     assert (back.icc, back.exif, back.xmp) == (picture.icc, picture.exif, picture.xmp)
     assert np.array_equal(back.alpha, picture.alpha) if picture.colour.has_alpha else back.alpha is None
@@ -122,11 +123,11 @@ def test_any_payload_means_the_same_to_the_reference_decoder(
     payloads = tuple(np.array([*part, 1], "<u4").tobytes() for part in words)
     header = Header(level, *size, ColourMode.RGB, codec.fingerprint)
     with pytest.MonkeyPatch.context() as patch:  # the end of such a payload is hardly ever in order
-        for place, name in ((rans.Decoder, "finish"), (reference_decoder.Coder, "finish"), (container, "verify")):
+        for place, name in ((rans, "finish"), (reference_decoder.Coder, "finish"), (container, "verify")):
             patch.setattr(place, name, lambda *_: None)
         patch.setattr(reference_decoder, "verify", lambda *_: None)
         parts = Container(header, 0, payloads)
-        found = [grid[0].tolist() for grid in decode_indices(codec, parts)]
+        found = [grid.tolist() for grid in codec.indices.decode(parts)]
         expected = [grid.tolist() for grid in reference_decoder.decode(container.pack(parts), weights)]
     assert found == expected
 
@@ -175,6 +176,7 @@ def test_faults_leave_the_old_file_or_a_complete_new_one() -> None:
 def test_a_small_file_takes_little_memory() -> None:
     report = script("limits.py", "--weights", str(WEIGHTS))
     assert report.count("100 bytes") == 3
+    assert all(f" {width} x {height} pixels" in report for width, height in ((320, 320), (800, 1), (1, 800)))
 
 
 @linux

@@ -3,11 +3,35 @@
 >>> data = vqcodec.encode(image, quality=5)   # PIL image or uint8 array -> bytes of a .vq2 file
 >>> image = vqcodec.decode(data)              # -> PIL image
 >>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
+
+What an image has that its file cannot hold is a warning (`warnings.warn`), and so is what a preview lacks. All errors
+are VqcodecErrors.
 """
 
+import os
+import sys
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitstream.container import DEFAULT_MAX_PIXELS
+from bitstream.errors import (
+    BitstreamError,
+    ClusterError,
+    DamagedError,
+    DeviceError,
+    FileError,
+    ImageError,
+    LimitError,
+    ModelMismatchError,
+    NotVq2Error,
+    StorageError,
+    UnsupportedVersionError,
+    UsageError,
+    VqcodecError,
+    WeightsError,
+    WorkerError,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -18,12 +42,43 @@ if TYPE_CHECKING:
     from vqcodec.targets import Reached, Target
 
 __version__ = "0.1.0"
-__all__ = ["Codec", "Target", "decode", "encode", "encode_to"]
+__all__ = [
+    "BitstreamError",
+    "ClusterError",
+    "Codec",
+    "DamagedError",
+    "DeviceError",
+    "FileError",
+    "ImageError",
+    "LimitError",
+    "ModelMismatchError",
+    "NotVq2Error",
+    "StorageError",
+    "Target",
+    "UnsupportedVersionError",
+    "UsageError",
+    "VqcodecError",
+    "WeightsError",
+    "WorkerError",
+    "decode",
+    "encode",
+    "encode_to",
+]
 
 DEFAULT_QUALITY = 5.0
 DEFAULT_EFFORT = 1
 
 _default: "dict[str, Codec]" = {}
+
+
+def _use_one_thread() -> None:
+    """In a forked process the threads that torch has started are gone, and it would wait for them for ever."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def __getattr__(name: str) -> Any:
@@ -47,6 +102,29 @@ def _codec(device: str) -> "Codec":
     return _default[device]
 
 
+def _picture(image: "Image.Image | ArrayLike | Picture", strip: bool) -> "Picture":
+    """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
+    import numpy as np
+    from PIL import Image
+
+    from vqcodec.image import Picture, from_array, from_pil, stripped
+
+    known = 0
+    if isinstance(image, Picture):
+        picture, known = image, len(image.notes)
+    else:
+        picture = from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
+    picture = stripped(picture) if strip else picture
+    _warn(picture.notes[known:], stacklevel=4)
+    return picture
+
+
+def _warn(notes: Sequence[str], stacklevel: int) -> None:
+    """stacklevel: 2 is who calls this function; it should be who calls this package."""
+    for note in notes:
+        warnings.warn(note, stacklevel=stacklevel)
+
+
 def encode(
     image: "Image.Image | ArrayLike | Picture",
     quality: float = DEFAULT_QUALITY,
@@ -56,7 +134,7 @@ def encode(
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
-    return _codec(device).encode(image, quality, strip=strip, effort=effort)
+    return _codec(device).encode(_picture(image, strip), quality, effort=effort)
 
 
 def encode_to(
@@ -71,11 +149,16 @@ def encode_to(
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
     """
-    return _codec(device).encode_to(image, target, strip=strip, effort=effort)
+    return _codec(device).encode_to(_picture(image, strip), target, effort=effort)
 
 
 def decode(
     data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    return _codec(device).decode(data, preview=preview, max_pixels=max_pixels)
+    from vqcodec.codec import decode_picture
+    from vqcodec.image import to_pil
+
+    picture = decode_picture(_codec(device), data, max_pixels, preview=preview)
+    _warn(picture.notes, stacklevel=3)
+    return to_pil(picture)

@@ -1,35 +1,37 @@
-"""The work on one file after another, from bytes to bytes, in this process or in several.
+"""The work on one file after another, from bytes to bytes, in this process or in several, and the tally of it.
 
 Why processes and not threads: a walk is a long chain of small operations, most of its Python needs the interpreter's
 lock, and two threads are no faster than one. Forked processes share the memory of the model they find at their start.
 """
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import WorkerError
 from vqcodec.codec import Codec, Progress
+from vqcodec.formats import register_plugins
 from vqcodec.image import read, save, stripped
+from vqcodec.jobs import Job, begin
 from vqcodec.targets import Target
 
-Job = TypeVar("Job")
-
-
-class WorkerError(VqcodecError):
-    """The machine's fault: the process that worked on a file has died."""
+Item = TypeVar("Item")
 
 
 class Made(NamedTuple):
@@ -64,6 +66,7 @@ class Encode:
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
+        register_plugins()
         picture = read(data, self.max_pixels)
         if self.strip:
             picture = stripped(picture)
@@ -97,6 +100,75 @@ class Decode:
         return Made(encoded.getvalue(), width, height, time.monotonic() - started, notes, losses)
 
 
+# --- all jobs ---
+
+
+@dataclass
+class Tally:
+    """What has become of the files so far."""
+
+    done: int = 0
+    skipped: int = 0
+    left_out: int = 0
+    larger: int = 0  # than the input
+    missed: int = 0  # a target
+    before: int = 0
+    after: int = 0
+    pixels: int = 0
+    failed: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, size: int, made: Made) -> None:
+        """A file is done; size: bytes of the input."""
+        self.done += 1
+        self.larger += len(made.data) > size
+        self.missed += bool(made.miss)
+        self.before += size
+        self.after += len(made.data)
+        self.pixels += made.width * made.height
+
+    def facts(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self.started
+        return {
+            "done": self.done,
+            "skipped": self.skipped,
+            "failed": len(self.failed),
+            "left_out": self.left_out,
+            "targets_missed": self.missed,
+            "bytes_before": self.before,
+            "bytes_after": self.after,
+            "seconds": round(seconds, 3),
+            "megapixels_per_second": round(self.pixels / 1e6 / max(seconds, 1e-9), 3),
+        }
+
+
+Outcome = Callable[[], tuple[int, Made]]  # the size of an input and what was made of it, or raises
+
+
+def outcomes(
+    work: Work,
+    jobs: Iterable[Job],
+    codec: Codec,
+    pool: "Pool | None",
+    watch: Callable[[str], AbstractContextManager[Progress | None]],
+) -> Generator[tuple[Job, Outcome], None, None]:
+    """Every job with its outcome: in the processes of a pool, as they get done, or else here, in their order.
+
+    watch: from the name of a file to a context in which the work on it, here, tells its progress.
+    """
+    if pool:
+        yield from spread(work, jobs, begin, pool)
+        return
+    for job in jobs:
+
+        def outcome(job: Job = job) -> tuple[int, Made]:
+            data = begin(job)
+            with watch(job.source) as progress:
+                return len(data), work(codec, data, progress)
+
+        yield job, outcome
+
+
 # --- in several processes ---
 
 
@@ -116,16 +188,16 @@ class Pool(Protocol):
 
 
 def spread(
-    work: Work, jobs: Iterable[Job], read: Callable[[Job], bytes], pool: Pool
-) -> Generator[tuple[Job, Callable[[], tuple[int, Made]]], None, None]:
-    """Does all jobs in the processes of a pool, which it closes in the end; yields them as they get done, with a
-    function that returns the size of the input and what was made of it, or raises.
+    work: Work, jobs: Iterable[Item], read: Callable[[Item], bytes], pool: Pool
+) -> Generator[tuple[Item, Outcome], None, None]:
+    """Does all jobs in the processes of a pool, which it closes in the end; yields them as they get done, each with its
+    outcome.
 
     read: gives the bytes of a job, in this process, a little ahead. A worker that dies takes one job with it
     (WorkerError), no more.
     """
-    waiting, suspects = iter(jobs), deque[tuple[Job, bytes]]()
-    running: dict[Future[Made], tuple[Job, bytes]] = {}
+    waiting, suspects = iter(jobs), deque[tuple[Item, bytes]]()
+    running: dict[Future[Made], tuple[Item, bytes]] = {}
     more = True
     try:
         while True:
@@ -225,9 +297,19 @@ _codec: Codec | None = None  # of this process, if it is a worker
 def _begin(weights: str | None, device: str) -> None:
     """A worker's first act."""
     global _codec
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it at once, without a word
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _codec = _codec or Codec.load(weights, device)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, killed perhaps: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _work(work: Work, data: bytes) -> Made:

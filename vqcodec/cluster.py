@@ -16,16 +16,12 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import ClusterError, WorkerError
 from vqcodec import __version__
-from vqcodec.batch import Made, Work, WorkerError
+from vqcodec.batch import Made, Work
 from vqcodec.codec import Codec
 
 RETRIES = 3  # of a file whose worker has died
-
-
-class ClusterError(VqcodecError):
-    """The cluster's fault: it cannot be reached, or cannot do the work."""
 
 
 class RayPool:

@@ -18,7 +18,7 @@ from bitstream.errors import DamagedError, DeviceError, ImageError
 from bitstream.indices import Counter, IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
-from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
 from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
@@ -103,8 +103,8 @@ class Codec:
         a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
         a preview is not verified.
 
-        Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
-        than ``max_pixels`` pixels.
+        Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
+        larger than ``max_pixels`` or the free memory allow.
         """
         return to_pil(self.decode_picture(data, max_pixels, progress, preview))
 
@@ -127,11 +127,19 @@ class Codec:
             parts = Container(replace(header, colour=header.colour.opaque), 0, (payload,))
             notes.append(f"only a preview without alpha and metadata can be shown ({error})")
         header = parts.header
+        memory.require(header.width, header.height)
         alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
         indices = self.indices
         grids = indices.pop(header, parts.grids[:1], progress) if preview else indices.decode(parts, progress)
-        pixels = _pixels(self, grids, header.level - 1, (header.height, header.width), header.colour)
-        return Picture(pixels, header.colour, alpha, parts.icc, parts.exif, parts.xmp, notes)
+        blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
+        pixels = _pixels(self, grids, header.level - 1, (header.height, header.width), header.colour, blocks)
+        return Picture(pixels, header.colour.shown, alpha, parts.icc, parts.exif, parts.xmp, notes)
+
+    def examine(self, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> list[tuple[Grid, NDArray[np.float32]]]:
+        """Of each grid of a file the indices and the bits of every index, (M, h, w). Raises BitstreamError."""
+        parts = container.unpack(data, max_pixels=max_pixels)
+        memory.require(parts.header.width, parts.header.height)
+        return self.indices.examine(parts)
 
     def encode_to(
         self,
@@ -181,6 +189,7 @@ class Codec:
     ) -> Image.Image:
         """Keep the coarsest grid of a .vq2 file and draw the others. Raises BitstreamError, as a preview does."""
         header, payload = container.unpack_coarsest(data, max_pixels=max_pixels)
+        memory.require(header.width, header.height)
         grids = self.indices.pop(header, [payload])
         return self._sample((header.height, header.width), header.level - 1, grids, seed, temperature)
 
@@ -240,6 +249,9 @@ class PictureEncoder:
         # Without rate the nearest codes are what was asked for.
         self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
+        equal = (picture.pixels == picture.pixels[..., :1]).all()
+        self.colour = picture.colour.equal if equal else picture.colour
+        self.flat = flat.find(picture.pixels[..., : 1 if self.colour.one_plane else 3])
         self.grids: list[Grid] = []  # of the last file
         self._level: int | None = None
         self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
@@ -277,16 +289,15 @@ class PictureEncoder:
                         context,
                     )
         picture = self.picture
-        header = Header(level + 1, self.width, self.height, picture.colour, codec.fingerprint)
-        checksum = container.checksum(header, self.grids)
-        return container.pack(
-            Container(header, checksum, tuple(payloads), self.alpha, picture.icc, picture.exif, picture.xmp)
-        )
+        header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint)
+        checksum = container.checksum(header, self.grids, self.flat)
+        optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
+        return container.pack(Container(header, checksum, tuple(payloads), *optional))
 
     def decoded(self) -> NDArray[np.uint8]:
         """What the last file decodes to, (H, W, 3), without another walk."""
         assert self._level is not None
-        return _pixels(self.codec, self.grids, self._level, self.size, self.picture.colour)
+        return _pixels(self.codec, self.grids, self._level, self.size, self.colour, self.flat)
 
     def _analyse(self, level: int) -> None:
         """The networks' work on a level, unless it is at hand."""
@@ -328,15 +339,21 @@ class PictureEncoder:
 
 
 def _pixels(
-    codec: Codec, grids: Sequence[Grid], level: int, size: tuple[int, int], colour: ColourMode
+    codec: Codec,
+    grids: Sequence[Grid],
+    level: int,
+    size: tuple[int, int],
+    colour: ColourMode,
+    blocks: bytes | None = None,
 ) -> NDArray[np.uint8]:
-    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0)."""
+    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0) and the content of a flat chunk."""
     pixels = _decode_pixels(codec, [_tensor(grid) for grid in grids], _level(level, codec.device), size)
-    if colour.opaque == ColourMode.GREY:
+    if colour.one_plane:
         # The mean of the channels, rounded, in integers.
-        grey = (2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6
-        pixels = np.repeat(grey.astype(np.uint8), 3, axis=2)
-    return pixels
+        pixels = ((2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6).astype(np.uint8)
+    if blocks is not None:
+        flat.paste(pixels, blocks)
+    return np.repeat(pixels, 3, axis=2) if colour.one_plane else pixels
 
 
 def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:

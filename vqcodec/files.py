@@ -1,4 +1,4 @@
-"""Files: which there are, what to call new ones, and writing one so that it is either complete or not there at all."""
+"""Files: which there are, and writing one so that it is either complete or not there at all."""
 
 import contextlib
 import errno
@@ -6,10 +6,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # Streams that are open already. Behind one may be a regular file (`> out.png`), but that file's name is the
 # shell's business: it is written through the stream, not replaced.
@@ -17,18 +16,21 @@ _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Iterator[BinaryIO]:
+def write_atomically(
+    path: str | os.PathLike[str], force: bool = False, modified: int | None = None
+) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the `with` block ends without an exception.
 
     The bytes go to a hidden temporary file in the same folder, are synced to the disk, and get their name in
     one step. After an exception of any kind, KeyboardInterrupt and a full disk included, the temporary file
     is gone and `path` is as it was; on Linux, whose file systems have files without a name, even after the
-    process was killed. A symbolic link is followed: the file it points to is written. A new file
-    gets the permissions of any new file (umask), a replaced one keeps its own. What is not a regular file (a
-    pipe, /dev/stdout, /dev/null) is written directly.
+    process was killed. A symbolic link is followed: the file it points to is written; a link to nothing is
+    itself what exists, and what is replaced. A new file gets the permissions of any new file (umask), a replaced
+    one keeps its own. What is not a regular file (a pipe, /dev/stdout, /dev/null) is written directly.
 
     force: replace an existing file. Without it an existing file is never touched, not even one that appears
-    while the block runs.
+    while the block runs. modified: the file's time in nanoseconds, instead of now; never earlier, on a file system
+    that rounds times.
 
     Errors: FileExistsError, IsADirectoryError; FileNotFoundError, NotADirectoryError or PermissionError with
     the folder as their `filename`; any other OSError of the file system.
@@ -44,10 +46,10 @@ def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Itera
         with open(path, "ab") as stream:  # append, so that `>> file` keeps what is there
             yield stream
         return
-    if old and not force:
+    if os.path.lexists(path) and not force:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path)) if old else Path(path)
     # A short name whatever the target's: file names have a limit.
     temporary = target.with_name(f".vqcodec-{secrets.token_hex(8)}.part")
     try:
@@ -58,6 +60,8 @@ def write_atomically(path: str | os.PathLike[str], force: bool = False) -> Itera
             _name(file, temporary)
         if old:
             os.chmod(temporary, stat.S_IMODE(old.st_mode))
+        if modified is not None:
+            _set_modified(temporary, modified)
         if force:
             os.replace(temporary, target)
         else:
@@ -93,6 +97,14 @@ def _name(file: BinaryIO, temporary: Path) -> None:
             os.fsync(copy.fileno())
 
 
+def _set_modified(path: Path, modified: int) -> None:
+    """FAT counts time in steps of two seconds: what is rounded down would be older than what it was made from."""
+    for time in (modified, modified + 2 * 10**9):
+        os.utime(path, ns=(time, time))
+        if os.stat(path).st_mtime_ns >= modified:
+            break
+
+
 def _publish(temporary: Path, target: Path) -> None:
     """Give the finished file its name; FileExistsError when somebody else has taken it meanwhile."""
     try:
@@ -109,26 +121,57 @@ def _publish(temporary: Path, target: Path) -> None:
             raise
 
 
-def find(folder: str, endings: Collection[str]) -> list[str]:
-    """Relative paths, sorted, of all files below a folder that have one of the endings (lower case, with the dot).
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """OSError, with the folder as its filename, if a new file `path` could not be written. Leaves nothing behind.
 
-    Hidden files and folders are left out, and folders behind symbolic links. Errors: OSError of a folder that
+    The folder need not exist yet: then it is about the nearest one above that does.
+    """
+    path = os.path.realpath(path) if os.path.exists(path) else os.path.abspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or /dev/null: written directly
+        return
+    folder = os.path.dirname(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    temporary = Path(folder, f".vqcodec-{secrets.token_hex(8)}.part")
+    _create(temporary).close()
+    with contextlib.suppress(FileNotFoundError):  # it never had a name
+        os.unlink(temporary)
+
+
+class Found(NamedTuple):
+    """What is below a folder, as relative paths, sorted. paths: files that were looked for; others: other files;
+    special: what has the ending of such a file and is a pipe or the like; closed: folders that cannot be read."""
+
+    paths: list[str]
+    others: list[str]
+    special: list[str]
+    closed: list[OSError]
+
+
+def find(folder: str, endings: Collection[str]) -> Found:
+    """All files below a folder, those that have one of the endings (lower case, with the dot) apart.
+
+    Hidden files and folders are left out, and folders behind symbolic links. Errors: OSError if `folder` itself
     cannot be read.
     """
+    found = Found([], [], [], [])
 
     def fail(error: OSError) -> None:
-        raise error
+        if error.filename == folder:
+            raise error
+        found.closed.append(error)
 
-    found: list[str] = []
-    for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        wanted = (n for n in files if not n.startswith(".") and os.path.splitext(n)[1].lower() in endings)
-        found += [os.path.relpath(os.path.join(root, name), folder) for name in wanted]
-    return sorted(found)
-
-
-def renamed(paths: Sequence[str], suffix: str) -> list[str]:
-    """The paths with another ending, or with one more where paths differ in nothing but their ending."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    shared = Counter(stems)
-    return [(path if shared[stem] > 1 else stem) + suffix for path, stem in zip(paths, stems, strict=True)]
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = os.path.join(root, name)
+            wanted = os.path.splitext(name)[1].lower() in endings
+            regular = os.path.isfile(path) or not os.path.exists(path)  # a link to nothing is not left out silently
+            if regular or wanted:
+                kind = found.special if not regular else found.paths if wanted else found.others
+                kind.append(os.path.relpath(path, folder))
+    for kind in (found.paths, found.others, found.special):
+        kind.sort()
+    return found

@@ -10,6 +10,7 @@ import errno
 import os
 import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode
+from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, over_limit
 from bitstream.errors import DamagedError, ImageError
 from vqcodec.files import write_atomically
 
@@ -33,6 +34,7 @@ class Picture:
     """An image in memory.
 
     pixels: (H, W, 3) RGB; three equal channels if `colour` is grey.
+    colour: one of the first four modes, whether or not RGB planes are equal.
     alpha: (H, W), or None if `colour` has no alpha.
     exif: from its TIFF header ("II*" or "MM") on, without the "Exif" prefix of JPEG.
     notes: a sentence for each thing that the source had and this picture has not.
@@ -53,8 +55,9 @@ class Picture:
 def read(source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
     """The picture in a file of any format that Pillow reads: a path, the file's bytes, or an open file.
 
-    Errors: ImageError if it is not an image, empty, truncated, damaged, or has more than `max_pixels` (width
-    times height, checked before anything is decoded). OSError, as it comes, if the file cannot be read.
+    Errors: ImageError if it is not an image, empty, truncated, damaged, or larger than `max_pixels` allow, for a
+    .vq2 file and for this (bitstream/container.py, section 1; checked before anything is decoded). OSError, as it
+    comes, if the file cannot be read.
     """
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
@@ -67,12 +70,9 @@ def read(source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = DE
         raise ImageError("the file is empty: it has no image in it")
     with _decoding():
         image = _open(source)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"the image has {width} x {height} = {width * height} pixels, the limit is {max_pixels}: "
-            "raise the limit to read it"
-        )
+    excess = over_limit(*image.size, max_pixels)
+    if excess:
+        raise ImageError(f"{excess}: raise the limit to read it")
     return from_pil(image)
 
 
@@ -341,7 +341,7 @@ def _matching(icc: bytes | None, colour: ColourMode, notes: list[str]) -> bytes 
 
 
 def _has_hue(colour: ColourMode) -> bool:
-    return colour in (ColourMode.RGB, ColourMode.RGBA)
+    return colour.has_hue
 
 
 def _bytes(metadata: Any) -> bytes | None:
@@ -500,14 +500,49 @@ def pack_alpha(alpha: Bytes) -> bytes:
 def unpack_alpha(data: bytes, width: int, height: int) -> Bytes:
     """The inverse of `pack_alpha`: (height, width).
 
-    Errors: DamagedError if `data` is not a PNG file of 8-bit grey and this size, which is checked before
-    anything is allocated, or if it cannot be decoded.
+    Errors: DamagedError unless `data` is a PNG file as bitstream/container.py, section 3, has it, which is checked
+    before Pillow sees it: Pillow takes more for a PNG file, and with `LOAD_TRUNCATED_IMAGES` half of one.
     """
-    if not data.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBB", width, height, 8, 0)):
-        raise DamagedError(f"the alpha plane is not a PNG image of {width} x {height} pixels in 8-bit grey")
+    wanted = f"a PNG file of {width} x {height} pixels in 8-bit grey"
+    problem = _alpha_problem(data, width, height)
+    if problem:
+        raise DamagedError(f"the alpha plane is not {wanted} ({problem}): the file is damaged")
     try:
-        return np.array(_open(BytesIO(data), ["PNG"]))
+        image = _open(BytesIO(data), ["PNG"])
+        if (image.size, image.mode) != ((width, height), "L"):
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}, not {wanted}")
+        return np.array(image)
     except MemoryError:
         raise
     except Exception as error:
         raise DamagedError(f"the alpha plane cannot be decoded ({error}): the file is damaged") from error
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _alpha_problem(data: bytes, width: int, height: int) -> str:
+    """What is wrong with an alpha plane, nothing if it is as specified. Inflates no more than such a plane has."""
+    if not data.startswith(_PNG):
+        return "it starts differently"
+    kinds, contents, at = [], [], len(_PNG)
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if data[end : end + 4] != zlib.crc32(data[at + 4 : end]).to_bytes(4, "big"):
+            return f"the CRC of its chunk at byte {at} is wrong, or cut off"
+        kinds.append(data[at + 4 : at + 8])
+        contents.append(data[at + 8 : end])
+        at = end + 4
+    if len(kinds) < 3 or kinds != [b"IHDR", *[b"IDAT"] * (len(kinds) - 2), b"IEND"] or contents[-1]:
+        return f"its {len(kinds)} chunks are not IHDR, IDAT and IEND alone"
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    if contents[0] != header:
+        return f"its header is {contents[0][:13].hex()}, not {header.hex()}"
+    size, inflate = height * (width + 1), zlib.decompressobj()
+    try:
+        rows = inflate.decompress(b"".join(contents[1:-1]), size + 1)
+    except zlib.error as error:
+        return str(error)
+    if len(rows) != size or not inflate.eof or inflate.unused_data:
+        return f"its data is not {size} bytes and nothing else"
+    return "it has a filter type above 4" if max(rows[:: width + 1]) > 4 else ""

@@ -51,7 +51,7 @@ class Vq2ImageFile(ImageFile.ImageFile):
                 preview = True
         except BitstreamError as error:
             raise OSError(str(error)) from error
-        self._mode = MODES[header.colour.opaque if preview else header.colour]
+        self._mode = MODES[(header.colour.opaque if preview else header.colour).shown]
         self._size = header.width, header.height
         if not preview:
             exif = parts.exif and EXIF_PREFIX + parts.exif

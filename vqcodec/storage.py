@@ -1,7 +1,8 @@
 """Files by their names: paths of this machine, and fsspec's URLs such as s3://bucket/photo.png.
 
-A file:// URL means the path in it. Other URLs need the extra, pip install 'vqcodec[ray]', and for many protocols one
-more package, which the error names. Errors of all functions: OSError with the name, or StorageError.
+A file:// URL means the path in it. Other URLs need the extra, pip install 'vqcodec[urls]', and for many protocols one
+more package, which the error names. In a chain such as zip://trip/a.png::s3://bucket/b.zip the path stands in the
+first URL. Errors of all functions: OSError with the name, or StorageError.
 """
 
 import contextlib
@@ -12,12 +13,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from bitstream.errors import VqcodecError
+from bitstream.errors import StorageError
 from vqcodec import files
-
-
-class StorageError(VqcodecError):
-    """The fault of the network, of who owns the storage, or of the URL."""
 
 
 def local(name: str) -> str | None:
@@ -28,8 +25,27 @@ def local(name: str) -> str | None:
     return None if separator and scheme and "/" not in scheme else name
 
 
+def _path_end(url: str) -> tuple[str, str]:
+    """A URL up to the end of its path, and the rest of a chain."""
+    end = url.find("::", url.index("://"))
+    return (url, "") if end < 0 else (url[:end], url[end:])
+
+
+def split(name: str) -> tuple[str, str]:
+    """Folder and name in it."""
+    if local(name) is not None:
+        return os.path.split(name)
+    url, chain = _path_end(name)
+    scheme, _, path = url.partition("://")
+    folder, base = posixpath.split(path)
+    return f"{scheme}://{folder}{chain}", base
+
+
 def join(folder: str, name: str) -> str:
-    return os.path.join(folder, name) if local(folder) == folder else posixpath.join(folder, name.replace(os.sep, "/"))
+    if local(folder) == folder:
+        return os.path.join(folder, name)
+    url, chain = (folder, "") if local(folder) is not None else _path_end(folder)
+    return posixpath.join(url, name.replace(os.sep, "/")) + chain
 
 
 def is_folder(name: str) -> bool:
@@ -41,14 +57,15 @@ def is_folder(name: str) -> bool:
 
 
 def existing(names: Iterable[str]) -> set[str]:
-    """Those that are files. Asks once for every remote folder, not for every file."""
+    """Those that are there, as files or as links to nothing. Asks once for every remote folder, not for every file."""
     found: set[str] = set()
-    elsewhere = defaultdict[str, list[str]](list)
+    elsewhere = defaultdict[str, dict[str, str]](dict)
     for name in names:
         path = local(name)
         if path is None:
-            elsewhere[posixpath.dirname(name)].append(name)
-        elif os.path.isfile(path):
+            folder, base = split(name)
+            elsewhere[folder][base] = name
+        elif os.path.isfile(path) or os.path.islink(path) and not os.path.exists(path):
             found.add(name)
     for folder, wanted in elsewhere.items():
         with _remote(folder) as (system, path):
@@ -56,19 +73,32 @@ def existing(names: Iterable[str]) -> set[str]:
                 listed = {posixpath.basename(entry["name"]) for entry in system.ls(path) if entry["type"] == "file"}
             except FileNotFoundError:
                 listed = set()
-        found.update(name for name in wanted if posixpath.basename(name) in listed)
+        found.update(name for base, name in wanted.items() if base in listed)
     return found
 
 
-def find(folder: str, endings: Collection[str]) -> list[str]:
+def find(folder: str, endings: Collection[str]) -> files.Found:
     """As ``vqcodec.files.find``."""
     path = local(folder)
     if path is not None:
         return files.find(path, endings)
     with _remote(folder) as (system, path):
         below = [found.removeprefix(path).lstrip("/") for found in system.find(path)]
-    visible = (name for name in below if not any(part.startswith(".") for part in name.split("/")))
-    return sorted(name for name in visible if os.path.splitext(name)[1].lower() in endings)
+    visible = sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
+    wanted = [name for name in visible if os.path.splitext(name)[1].lower() in endings]
+    return files.Found(wanted, sorted({*visible} - {*wanted}), [], [])
+
+
+def modified(name: str) -> int | None:
+    """When it was last changed, in nanoseconds; None where nobody knows. Of a file in an archive: the archive."""
+    with contextlib.suppress(OSError, StorageError):
+        path = local(name)
+        if path is not None:
+            return os.stat(path).st_mtime_ns
+        with _remote(name) as (system, path):
+            return int(system.modified(path).timestamp() * 10**9)
+    archive = "" if local(name) is not None else _path_end(name)[1]
+    return modified(archive[2:]) if archive else None
 
 
 def size(name: str) -> int:
@@ -82,22 +112,23 @@ def size(name: str) -> int:
     return 0
 
 
-def read(name: str) -> bytes:
+def read(name: str, size: int | None = None) -> bytes:
+    """The content, or its first bytes."""
     path = local(name)
     if path is not None:
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(size)
     with _remote(name) as (system, path):
-        return bytes(system.cat_file(path))
+        return bytes(system.cat_file(path, end=size))
 
 
-def write(name: str, data: bytes | memoryview, force: bool) -> None:
+def write(name: str, data: bytes | memoryview, force: bool, modified: int | None = None) -> None:
     """Makes the folder if need be. A file of this machine is written as by ``vqcodec.files.write_atomically``; another
-    one is put in one request: whether half of it can be seen meanwhile is up to who stores it."""
+    one is put in one request: whether half of it can be seen meanwhile is up to who stores it, and so is its time."""
     path = local(name)
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with files.write_atomically(path, force) as file:
+        with files.write_atomically(path, force, modified) as file:
             file.write(data)
         return
     with _remote(name) as (system, path):
@@ -113,7 +144,7 @@ def _remote(url: str) -> Iterator[tuple[Any, str]]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise StorageError("URLs need the package fsspec: pip install 'vqcodec[ray]'") from None
+        raise StorageError("URLs need the package fsspec: pip install 'vqcodec[urls]'") from None
     try:
         yield url_to_fs(url)
     except FileNotFoundError as error:  # mostly without a number and with half of the name

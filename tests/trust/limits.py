@@ -19,24 +19,22 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from make_golden import padded  # noqa: E402
 
+from vqcodec import memory  # noqa: E402
 from vqcodec.codec import Codec  # noqa: E402
-from vqcodec.models.tiling import TILE  # noqa: E402
 
-# What a picture may take: megabytes, and bytes for each pixel of its blocks of 16 x 16. The networks work on tiles.
-BASE, PER_PIXEL, PER_PIXEL_OF_A_TILE, LARGEST_TILE = 50, 12, 300, (TILE + 256) ** 2
-SIZES = [(640, 640), (25600, 1), (1, 25600)]  # all that 100 bytes allow
-LONG_SIZES = [(4096, 4096), (2**20, 1), (1, 2**20)]  # 4 KB
+SIZES = [(320, 320), (800, 1), (1, 800)]  # all that 100 bytes allow
+LONG_SIZES = [(2048, 2048), (2**15, 1), (1, 2**15)]  # 4 KB
 
 
 def cost(codec: Codec, data: bytes) -> tuple[float, float]:
     """Seconds of a processor, and megabytes at the peak."""
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before, started = memory("VmRSS"), time.process_time()
+    before, started = used("VmRSS"), time.process_time()
     codec.decode(data)
-    return time.process_time() - started, memory("VmHWM") - before
+    return time.process_time() - started, used("VmHWM") - before
 
 
-def memory(field: str) -> float:
+def used(field: str) -> float:
     """Megabytes of this process."""
     (kilobytes,) = re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes) * 1024 / 1e6
@@ -46,8 +44,7 @@ def report(codec: Codec, width: int, height: int) -> int:
     """Prints the cost of a size; 1 if it is more than allowed."""
     data = padded(codec, width, height)
     seconds, megabytes = cost(codec, data)
-    pixels = -(-width // 16) * -(-height // 16) * 256
-    allowed = BASE + (PER_PIXEL * pixels + PER_PIXEL_OF_A_TILE * min(pixels, LARGEST_TILE)) / 1e6
+    allowed = memory.needed(width, height) / 1e6
     spent = f"{seconds:.1f} s, {megabytes:.0f} MB (promised {allowed:.0f})"
     print(f"{len(data):6,} bytes, {width} x {height} pixels: {spent}", flush=True)
     return int(megabytes > allowed)

@@ -351,14 +351,21 @@ def folders(run: Run, rank: int, size: int, report: Callable[[str], None]) -> li
     return [(Cache(folder, place), share) for folder, share in shares]
 
 
-def wrapped(model: VQVAE, size: int, device: torch.device) -> nn.Module:
-    """The model as the loop calls it: compiled on a GPU, shared among processes."""
-    network: nn.Module = model
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
-        network = torch.compile(model)  # type: ignore[assignment]
-    return DistributedDataParallel(network, broadcast_buffers=False) if size > 1 else network
+def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]:
+    """The model as the loop calls it: compiled on a GPU, or shared among processes."""
+    if size > 1:
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    if device.type != "cuda":
+        return model
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    compiled = torch.compile(model)
+
+    def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor) -> Any:
+        # A rate that still rises would be compiled anew with every step.
+        return (compiled if rate in (0.0, 1.0) else model)(x, level, rate, dropped)
+
+    return call
 
 
 def state_of(

@@ -1,0 +1,52 @@
+"""Whether there is memory enough for a picture: better one line than a process that the system kills."""
+
+from pathlib import Path
+
+from bitstream.errors import LimitError
+from vqcodec.models.tiling import TILE
+
+# What decoding takes at most: bytes, bytes for each pixel of the picture's blocks of 16 x 16, and for each pixel of
+# what the networks work on at once. Measured by tests/trust/limits.py.
+BASE, PER_PIXEL, PER_PIXEL_OF_A_TILE, LARGEST_TILE = 50 * 10**6, 12, 300, (TILE + 256) ** 2
+
+
+def needed(width: int, height: int) -> int:
+    """Bytes that decoding a picture takes besides those that a loaded model has."""
+    pixels = -(-width // 16) * -(-height // 16) * 256
+    return BASE + PER_PIXEL * pixels + PER_PIXEL_OF_A_TILE * min(pixels, LARGEST_TILE)
+
+
+def available() -> int | None:
+    """Bytes that this process can still get, swap included. None where the system does not say (all but Linux)."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        amounts = [1024 * sum(int(fields[name].split()[0]) for name in ("MemAvailable", "SwapFree"))]
+        _, _, group = Path("/proc/self/cgroup").read_text().rpartition("0::/")
+    except (OSError, KeyError, ValueError):
+        return None
+    root = Path("/sys/fs/cgroup")
+    place = root / group.strip().lstrip("/")
+    for folder in (place, *place.parents):  # a container's limit, or that of anything around it
+        if folder.is_relative_to(root):
+            amounts += _left(folder)
+    return min(amounts)
+
+
+def _left(folder: Path) -> list[int]:
+    """Bytes that a control group (version 2) leaves its processes, if it has a limit."""
+    try:
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return [limit - used + int(statistics["inactive_file"])]  # a cache that gives way
+    except (OSError, KeyError, ValueError):  # "max" is no number
+        return []
+
+
+def require(width: int, height: int) -> None:
+    """Raises LimitError if decoding a picture takes more memory than there is."""
+    need, there = needed(width, height), available()
+    if there is not None and need > there:
+        raise LimitError(
+            f"decoding {width} x {height} pixels takes up to {need / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB are "
+            "free: close other programs, add swap space, or raise the limit of the container"
+        )

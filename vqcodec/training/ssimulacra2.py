@@ -1,0 +1,164 @@
+"""SSIMULACRA 2.1 as a loss: how far a picture is from the original, as the eye sees it.
+
+The metric of Jon Sneyers (Cloudinary, 2023): an error, here called *distance*, which is a weighted sum of 108 norms,
+
+    3 channels (X, Y, B - Y of XYB) x 6 scales (1:1 to 1:32) x 2 norms (1 and 4) x 3 maps (structure, ringing, blur),
+
+and a score, which is a power of a polynomial of it: 100 for equal pictures. Train on the distance: the slope of the
+score is infinite at equal pictures and nearly nothing at very bad ones.
+
+What it computes is what libjxl's program ``ssimulacra2`` (0.11) computes, but for rounding:
+
+- Its recursive Gaussian of sigma 1.5 (Charalampidis 2016: cosines cut off at the radius 5, where they are zero) is, in
+  exact arithmetic, the convolution with the nine taps ``TAPS``. They are nearly those of a sampled Gaussian, which has
+  a longer tail. Outside the picture there is zero, on all four sides, and nothing makes up for it.
+- Sides are checked *before* a scale is made: 113 pixels are enough for six. A picture with fewer scales gets the first
+  weights of the flat list, so that they are those of other channels and scales.
+
+To mix it with squared error: 9.3e-5 times a change of the distance is worth as many bits as that change of the mean
+squared error (of values in 0..1), at every level of a model trained for squared error within 6 % (slopes over bits per
+pixel, 32 photographs). So a mixture in this proportion, with weights that add up to 1, keeps the rates of the levels.
+
+Planes whose weights are all below ``NEGLIGIBLE`` are left out: no score moves by 0.001, and it takes less than half the
+time, because at 1:1 luma alone counts.
+
+The Python package of the name mirrors the picture at its left and right side, which is nearly all of the 4 points, has
+a sampled Gaussian, and checks sides after making a scale. And the program rounds: its recursion and its small
+differences of mean squares and squared means in single precision lower scores around 90 by 0.1 to 0.3. Here structure
+is computed from blurred *differences*, which is the same by algebra, needs a blur less and loses no digits.
+
+Source: tools/ssimulacra2.cc and tools/gauss_blur.cc of https://github.com/libjxl/libjxl, v0.11.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALES = 6
+MIN_SIDE = 8
+NEGLIGIBLE = 0.01  # there is no weight between 0.002 and 0.28
+C2 = 0.0009  # of SSIM: (0.03 of the range) squared
+TAPS = (0.26462110, 0.21292859, 0.10933537, 0.03601111, 0.00941437)  # of the Gaussian, from the middle outwards
+
+# Linear light to the responses of the cones, libjxl's opsin_params.h.
+ABSORBANCE = ((0.3, 0.622, 0.078), (0.23, 0.692, 0.078), (0.24342268924547819, 0.20476744424496821, 0.5518098665095536))
+BIAS = 0.0037930732552754493
+
+# By channel and scale: the 1-norm of structure, ringing and blur, then their 4-norm.
+# fmt: off
+WEIGHTS: tuple[float, ...] = (
+    0, 0.000737660671, 0, 0, 0.000779348168, 0,  # X, 1:1
+    0, 0.000437115573, 0, 1.10417264, 0.000662848341, 0.000152316328,  # X, 1:2
+    0, 0.00164064375, 0, 1.84224555, 11.4411726, 0,  # X, 1:4
+    0.000798910944, 0.000176816438, 0, 1.8787595, 10.9490699, 0,  # X, 1:8
+    0.000728934699, 0.967793708, 0, 0.000140034243, 0.998176698, 0.000319497559,  # X, 1:16
+    0.000455099211, 0, 0, 0.00136487662, 0, 0,  # X, 1:32
+    0, 0, 0, 7.46689033, 0, 17.445834,  # Y, 1:1
+    0.000623560163, 0, 0, 6.68367815, 0.00037724408, 1.02788994,  # Y, 1:2
+    225.205153, 0, 0, 19.2132382, 0.00114015246, 0.00123775564,  # Y, 1:4
+    176.393176, 0, 0, 24.43301, 0.285208026, 0.000448543692,  # Y, 1:8
+    0, 0, 0, 34.7790634, 44.8356253, 0,  # Y, 1:16
+    0, 0, 0, 0, 0, 0,  # Y, 1:32
+    0, 0.000868055657, 0, 0, 0, 0,  # B, 1:1
+    0, 0.000531319187, 0, 0.000165338142, 0, 0,  # B, 1:2
+    0, 0, 0, 0.00041791718, 0.00172908282, 0,  # B, 1:4
+    0.00208270058, 0, 0, 8.82698276, 23.1924334, 0,  # B, 1:8
+    95.1080499, 0.986397803, 0.983438279, 0.0012286405, 171.266726, 0.980785887,  # B, 1:16
+    0, 0, 0, 0.000513006459, 0, 0.000108540579,  # B, 1:32
+)
+# fmt: on
+TINY = 1e-24  # keeps the slope of the fourth root finite at zero, and adds less than 1e-6 to a norm
+
+
+class Ssimulacra2(nn.Module):
+    """The distance of decoded pictures from the originals, differentiable in both.
+
+    original, decoded: (B, 3, H, W), sRGB in 0..1, sides of at least 8 pixels; smaller or larger values are clipped, as
+    in a picture of 8 bits, and have no gradient. Returns (B,): 0 for equal pictures, 0.45 at a score of 90,
+    2.6 at 70, 6.2 at 50, 11 at 30.
+    Guarantees: in the precision of the module (float32 unless converted) also under autocast, and without TF32; on a
+    GPU nothing waits for the host.
+    Raises ValueError for pictures of different shapes or too small ones.
+    """
+
+    weights: Tensor
+    taps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(WEIGHTS), persistent=False)
+        self.register_buffer("taps", torch.tensor(TAPS[:0:-1] + TAPS), persistent=False)
+
+    def forward(self, original: Tensor, decoded: Tensor) -> Tensor:
+        if original.shape != decoded.shape:
+            raise ValueError(f"pictures of different shapes, {tuple(original.shape)} and {tuple(decoded.shape)}")
+        if min(original.shape[-2:]) < MIN_SIDE:
+            raise ValueError(f"a picture of {tuple(original.shape[-2:])} has a side of less than {MIN_SIDE} pixels")
+        with torch.autocast(original.device.type, enabled=False):
+            a, b = (linear_light(x.to(self.weights.dtype).clamp(0, 1)) for x in (original, decoded))
+            scales = scale_count(*original.shape[-2:])
+            total = a.new_zeros(len(a))
+            for scale in range(scales):
+                if scale > 0:
+                    a, b = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (a, b))  # at an odd side, of what is there
+                rows = [slice(start, start + 6) for start in range(6 * scale, 18 * scales, 6 * scales)]
+                channels = [c for c, row in enumerate(rows) if max(WEIGHTS[row]) > NEGLIGIBLE]
+                if channels:
+                    planes = (torch.stack([xyb(x)[c] for c in channels], 1) for x in (a, b))
+                    weights = torch.stack([self.weights[rows[c]] for c in channels])
+                    total = total + (self.norms(*planes) * weights).sum((1, 2))
+            return total
+
+    def norms(self, original: Tensor, decoded: Tensor) -> Tensor:
+        """1-norm and 4-norm of the three maps of one scale: (B, C, H, W) twice to (B, C, 2 norms * 3 maps)."""
+        difference = decoded - original
+        energy = original.square() + decoded.square()
+        blurred = self.blur(torch.cat([original, difference, energy, difference.square()], 1))
+        mean, shift, energy, power = blurred.chunk(4, 1)
+        decoded_mean = mean + shift
+        # With the variances and the covariance s of SSIM: 1 - (1 - shift^2) (2 s12 + C2) / (s11 + s22 + C2).
+        change = (power - shift.square()) / (energy - mean.square() - decoded_mean.square() + C2)
+        structure = (shift.square() + (1 - shift.square()) * change).clamp(min=0)
+        edge, decoded_edge = (original - mean).abs(), (decoded - decoded_mean).abs()
+        contrast = (decoded_edge - edge) / (1 + edge)
+        maps = torch.stack([structure, contrast.clamp(min=0), (-contrast).clamp(min=0)], 2)
+        fourth = (maps.square().square().mean((-2, -1)) + TINY) ** 0.25 - TINY**0.25
+        return torch.cat([maps.mean((-2, -1)), fourth], 2)
+
+    def blur(self, x: Tensor) -> Tensor:
+        """Every plane by itself. Depthwise, because such a convolution is in full precision on a GPU as well."""
+        planes = x.reshape(1, -1, *x.shape[-2:])
+        count, reach = planes.shape[1], len(TAPS) - 1
+        across = self.taps.expand(count, 1, 1, -1)
+        planes = F.conv2d(planes, across, padding=(0, reach), groups=count)
+        return F.conv2d(planes, across.mT, padding=(reach, 0), groups=count).view_as(x)
+
+
+def scale_count(height: int, width: int) -> int:
+    """How many scales the program measures: it goes on while the sides of the *last* one are not too small."""
+    side, scales = min(height, width), 1
+    while scales < SCALES and side >= MIN_SIDE:
+        side, scales = (side + 1) // 2, scales + 1
+    return scales
+
+
+def linear_light(x: Tensor) -> Tensor:
+    """sRGB in 0..1 to linear RGB."""
+    return torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+
+
+def xyb(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear RGB (B, 3, H, W) to X, Y and B - Y, (B, H, W) each, scaled to about 0..1."""
+    r, g, b = rgb.unbind(1)
+    long, middle, short = (
+        (r * row[0] + g * row[1] + b * row[2] + BIAS) ** (1 / 3) - BIAS ** (1 / 3) for row in ABSORBANCE
+    )
+    luma = (long + middle) / 2
+    return 7 * (long - middle) + 0.42, luma + 0.01, short - luma + 0.55
+
+
+def score(distance: Tensor) -> Tensor:
+    """SSIMULACRA 2 of a distance: 100 for equal pictures, 90 is visually lossless, 70 high quality; may be negative."""
+    scaled = 0.9562382616834844 * distance
+    error = 2.326765642916932 * scaled - 0.020884521182843837 * scaled**2 + 6.248496625763138e-05 * scaled**3
+    return 100 - 10 * error.clamp(min=0) ** 0.6276336467831387
