@@ -1,60 +1,37 @@
 """Where the bits go: payload against the ideal code length, framing, grids, groups, and the use of codes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-import vqcodec.codec
 from benchmarks import corpus, machine
-from bitstream import container, rans
+from bitstream import container
 from vqcodec import Codec
-from vqcodec.models.wavefront import Choose, Floats, Indices, Wave, coding_tables, fill_grid
 
 
 class Tally:
-    """What was coded in one grid, over many images. bits: (M,), ideal. usage: (M, K), how often each code."""
+    """What was coded in one grid, over many images. bits: (M,), ideal. usage: (M, K + 1 or K + 2), how often null, each
+    code, and the escape if there is one."""
 
     def __init__(self, groups: int, codes: int) -> None:
         self.bits = np.zeros(groups)
         self.usage = np.zeros((groups, codes), np.int64)
         self.payload = 0
 
-    def add(self, group: int, index: Indices, table: NDArray[np.int32]) -> None:
-        """index: (n,); table: (n, K)."""
-        self.bits[group] += rans.bits(np.take_along_axis(table, index[:, None], 1))
-        self.usage[group] += np.bincount(index, minlength=self.usage.shape[1])
+    def add(self, indices: NDArray[np.uint16], bits: NDArray[np.float32]) -> None:
+        """indices, bits: (M, h, w)."""
+        self.bits += bits.sum((1, 2), dtype=np.float64)
+        most = self.usage.shape[1]
+        for group, index in enumerate(indices):
+            self.usage[group] += np.bincount(np.minimum(index, most - 1).ravel(), minlength=most)
 
     def perplexity(self) -> Any:
         """2 to the entropy of the use of codes, per group: (M,)."""
         p = self.usage / self.usage.sum(1, keepdims=True)
         return np.exp2(-(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1))
-
-
-@contextmanager
-def listening(tallies: list[Tally]) -> Iterator[None]:
-    """Counts, from outside, what the codec chooses in each grid, coarsest first; one image at a time."""
-    waiting = iter(tallies)
-
-    def fill(*arguments: Any) -> NDArray[np.int16]:
-        prior, shape, condition, choose = arguments
-        return fill_grid(prior, shape, condition, _noting(next(waiting), choose))
-
-    with mock.patch.object(vqcodec.codec, "fill_grid", fill):
-        yield
-
-
-def _noting(tally: Tally, choose: Choose) -> Choose:
-    def noted(wave: Wave, group: int, logits: Floats) -> Indices:
-        index = choose(wave, group, logits)
-        tally.add(group, index, coding_tables(logits))
-        return index
-
-    return noted
 
 
 def run(
@@ -68,17 +45,18 @@ def run(
     """Encode every image at every quality, count, and save OUTPUT.json."""
     codec = Codec.load(weights, device="cpu")
     grids, levels = codec.model.config.grids, range(1, codec.model.config.levels + 1)
-    tallies = {q: [Tally(grid.groups, grid.codes) for grid in grids] for q in qualities or levels}
+    tallies = {q: [Tally(grid.groups, 1 + grid.codes + grid.escape) for grid in grids] for q in qualities or levels}
     sizes = dict.fromkeys(tallies, 0)
     skipped: dict[str, str] = {}
     images, pixels = 0, 0
     for name, picture in corpus.photos(folder, skipped):
         for quality, counts in tallies.items():
-            with listening(counts):
-                data = codec.encode(picture, quality)
+            data = codec.encode(picture, quality)
             sizes[quality] += len(data)
-            for tally, payload in zip(counts, container.unpack(data).grids, strict=True):
+            looks = codec.examine(data, container.MAX_SIDE**2)
+            for tally, payload, look in zip(counts, container.unpack(data).grids, looks, strict=True):
                 tally.payload += len(payload)
+                tally.add(*look)
         images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
         tell(f"{name}: done")
     for name, reason in skipped.items():
