@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent)]
 
 from bitstream.container import ColourMode  # noqa: E402
-from vqcodec.codec import Codec, decode_picture  # noqa: E402
+from vqcodec.codec import Codec  # noqa: E402
 from vqcodec.image import Picture, read  # noqa: E402
 
 ALLOWED_GROWTH = 16  # MB, from the first half to the last eighth: until then caches fill
@@ -55,7 +55,7 @@ def main(trips: int) -> int:
     for _ in range(trips):
         original = picture(rng, photo)
         data = codec.encode(original, rng.uniform(1, codec.model.config.levels))
-        back = decode_picture(codec, data)
+        back = codec.decode_picture(data)
         same = (back.pixels.shape, back.colour, back.icc, back.exif, back.xmp) == (
             (original.pixels.shape, original.colour, original.icc, original.exif, original.xmp)
         )
