@@ -114,7 +114,7 @@ class _Cache(FunctionCache):
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
-        return (*super()._index_key(signature, codegen), _sources(), config.BOUNDSCHECK)
+        return (*super()._index_key(signature, codegen), _sources(), getattr(config, "BOUNDSCHECK", None))
 
 
 def _sources() -> str:
