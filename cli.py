@@ -1024,9 +1024,9 @@ _path = click.Path(path_type=Path)
 @click.option("-o", "--output", metavar="RUN", type=_path, required=True, help="Folder to write.")
 @click.option(
     "--stage",
-    type=click.Choice(["vqvae", "prior", "joint"]),
+    type=click.Choice(["vqvae", "joint", "finish", "prior"]),
     default="vqvae",
-    help="Everything from scratch, only the priors, or everything from trained weights.",
+    help="Everything from scratch, everything from trained weights, all that reads codes, or only the priors.",
 )
 @click.option(
     "--config",
@@ -1034,6 +1034,13 @@ _path = click.Path(path_type=Path)
     help="Layout of the model.  [default: vqcodec, or that of --start]",
 )
 @click.option("--start", metavar="FILE", type=_path, help="Weights to start from.")
+@click.option(
+    "--mix",
+    metavar="FOLDER SHARE",
+    type=(_path, click.FloatRange(0, 1, min_open=True, max_open=True)),
+    multiple=True,
+    help="Another folder, and its share of the crops: 0.08, for example.",
+)
 @click.option("--steps", metavar="N", type=_count, help="Length of the run in steps...")
 @click.option("--hours", metavar="H", type=click.FloatRange(0, min_open=True), help="... or in hours.")
 @click.option("--batch", metavar="N", type=_count, default=8, help="Crops per step and process.")
@@ -1045,6 +1052,7 @@ def train(
     stage: "Stage",
     config: str | None,
     start: Path | None,
+    mix: tuple[tuple[Path, float], ...],
     steps: int | None,
     hours: float | None,
     batch: int,
@@ -1058,6 +1066,7 @@ def train(
       vqcodec train pictures/ -o runs/first --hours 10
       vqcodec train pictures/ -o runs/second --steps 20000 --stage joint \\
           --start runs/first/model.safetensors
+      vqcodec train pictures/ --mix screenshots/ 0.08 -o runs/both --hours 10
       torchrun --nproc-per-node 4 -m vqcodec -- train ...
 
     RUN gets log.jsonl, a checkpoint every few minutes, and at the end model.safetensors, which encode and
@@ -1070,18 +1079,21 @@ def train(
         raise click.UsageError("--start brings its own layout: leave --config out")
     if stage != "vqvae" and not start:
         raise click.UsageError(f"stage {stage} needs trained weights: give them with --start")
+    if (shares := sum(share for _, share in mix)) >= 1:
+        raise click.UsageError(f"the shares of --mix add up to {shares:g}: leave some for {images}")
     from vqcodec.quality import CONFIGS
     from vqcodec.training import trainer
     from vqcodec.training.data import find_images
     from vqcodec.weights import load_weights
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of many
-    with blame(str(images)):
-        find_images(images)  # before RUN is made
+    for folder in (images, *(folder for folder, _ in mix)):
+        with blame(str(folder)):
+            find_images(folder)  # before RUN is made
     with blame():
         layout = load_weights(start).config if start else CONFIGS[config or "vqcodec"]
     with blame(str(output)):
-        run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start)
+        run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start, mix)
         trainer.train(run, click.echo if first else lambda _: None)
     if first:
         click.echo(output / "model.safetensors")
