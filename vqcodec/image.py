@@ -218,12 +218,14 @@ def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.
         load()
         for format in formats or Image.ID:
             factory, accept = Image.OPEN.get(format, (None, None))
+            alike = False
             try:
-                if factory and (accept is None or accept(prefix) is True):
+                alike = accept is not None and accept(prefix) is True
+                if factory and (alike or accept is None):
                     file.seek(0)
                     return factory(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:  # not this format: Pillow's convention
-                if accept is not None:
+                if alike:
                     reason = f"it begins like {format} and is damaged, or of a kind that cannot be read ({error})"
     raise UnidentifiedImageError(reason)
 
