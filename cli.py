@@ -218,13 +218,13 @@ def _whole_bar(jobs: Sequence[Job]) -> Iterator[tuple[Watch, Callable[[Job, "Tal
 
 def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
     """jobs: processes that there will be."""
-    from vqcodec.codec import Codec
-
-    if (jobs or 1) > 1:
-        import torch
-
-        torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
     with blame(), _bar("loading the model"):
+        from vqcodec.codec import Codec
+
+        if (jobs or 1) > 1:
+            import torch
+
+            torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
         return Codec.load(weights, device)
 
 

@@ -191,6 +191,18 @@ def test_resume_does_again_what_is_older_than_its_input(here: Path, jobs: int) -
     assert "1 done, 1 skipped" in succeeded(listed).stdout
 
 
+@posix
+def test_an_output_that_is_a_link_to_nothing_is_replaced_if_one_asks(here: Path, photos: Path) -> None:
+    (here / "a.vq2").symlink_to(here / "elsewhere")
+    refused(encode("photos/a.png", "-o", "a.vq2", "-q", 2), "a.vq2: exists already: use -f")
+    succeeded(encode("photos/a.png", "-o", "a.vq2", "-q", 2, "--resume"))
+    assert size_of(here / "a.vq2") == (40, 30) and not (here / "elsewhere").exists()
+    (here / "a.vq2").unlink()
+    (here / "a.vq2").symlink_to(here / "elsewhere")
+    succeeded(encode("photos/a.png", "-o", "a.vq2", "-q", 2, "-f"))
+    assert not (here / "a.vq2").is_symlink()
+
+
 def test_names_of_outputs_stay_when_siblings_come_and_go(here: Path) -> None:
     (here / "in").mkdir()
     options = ["in", "-o", "out", "-q", 2, "--resume"]
@@ -313,7 +325,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(
     assert "photos/heic, photos/trip/b.DNG: develop" in encode("photos", "-o", "out", "-q", 2, "-f", "-v").stderr
     (here / "raw").mkdir()
     (here / "raw" / "a.NEF").write_bytes(b"")
-    refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 that look like it cannot be read: develop raw")
+    refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 in it cannot be read: develop raw")
 
 
 def test_pictures_of_phones_are_read_where_the_package_for_them_is_installed(here: Path, photos: Path) -> None:

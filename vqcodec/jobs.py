@@ -134,7 +134,7 @@ def _add_folder(plan: Plan, folder: str, out: str, suffix: str, endings: Collect
     if not paths and not closed:
         known = "they are known by their endings"
         if left_out or special:
-            known = f"{len(left_out) + len(special)} that look like it cannot be read"
+            known = f"{len(left_out) + len(special)} in it cannot be read"
             known = ": ".join(filter(None, [known, advice(left_out)]))
         raise FileError(f"{folder}: no files to work on in this folder: {known}")
     plan.closed.extend(f"{os.fsdecode(error.filename)}: {reason(error)}" for error in closed)
@@ -178,15 +178,16 @@ def _makers(paths: list[str], times: Mapping[str, int | None], made: int | None)
 
 
 def _left_to_do(plan: Plan) -> Plan:
-    """As make does it: what has no output, or one that is older than its input."""
+    """As make does it: what has no output, or one that is older than its input or a link to nothing."""
     there = _existing([job.target for job in plan.jobs])
     left: list[Job] = []
     for job in plan.jobs:
+        made, changed = storage.modified(job.target), storage.modified(job.source)
+        link_to_nothing = made is None and storage.local(job.target) is not None
+        older = made is not None and changed is not None and made < changed
         if job.target not in there:
             left.append(job)
-            continue
-        made, changed = storage.modified(job.target), storage.modified(job.source)
-        if made is not None and changed is not None and made < changed:
+        elif link_to_nothing or older:
             left.append(job._replace(replace=True))
         else:
             plan.skipped.append(job)
