@@ -99,7 +99,7 @@ def test_icons_tell_that_there_are_others() -> None:
 )
 def test_a_format_without_its_decoder_is_named(data: bytes, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqcodec.source.plugged", lambda format: False)
-    with pytest.raises(ImageError, match=rf"{name} needs a decoder: pip install 'vqcodec.{name.lower()}.'"):
+    with pytest.raises(ImageError, match=f"{name} needs a decoder: pip install .*, or convert"):
         read(data + bytes(100))
 
 

@@ -1,12 +1,9 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +22,9 @@ from vqcodec.image import (
     bounded_icc,
     checked_exif,
     contents,
-    from_array,
-    from_pil,
     pack_alpha,
+    picture_of,
     prepared,
-    read,
     stripped,
     to_pil,
     unpack_alpha,
@@ -95,11 +90,10 @@ class Codec:
         and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
         are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
-        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept; whatever else is
-        lost of an image is a warning.
+        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
+        picture = picture_of(image)
         return PictureEncoder(self, stripped(picture, strip), effort).encode(quality, progress)
 
     def decode(
@@ -121,7 +115,7 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of a newer version, written with other weights, more
         than ``max_pixels`` pixels.
         """
-        return to_pil(_with_warnings(decode_picture(self, contents(data), max_pixels, progress, preview), 3))
+        return to_pil(decode_picture(self, contents(data), max_pixels, progress, preview))
 
     def encode_to(
         self,
@@ -137,7 +131,7 @@ class Codec:
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
         strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
+        picture = picture_of(image)
         encoder = PictureEncoder(self, stripped(picture, strip), effort)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
@@ -224,21 +218,6 @@ class Codec:
     ) -> list[Tensor]:
         config = self.model.config
         return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
-
-
-def _picture(image: Any) -> Picture:
-    if isinstance(image, Image.Image):
-        return _with_warnings(from_pil(image), 4)
-    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
-        return _with_warnings(read(image), 4)
-    return from_array(np.asarray(image))
-
-
-def _with_warnings(picture: Picture, depth: int) -> Picture:
-    """The picture, after a warning for each of its notes. depth: of the codec's caller, as `warnings` counts."""
-    for note in picture.notes:
-        warnings.warn(note, stacklevel=depth)
-    return picture
 
 
 class PictureEncoder:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode
@@ -199,6 +199,20 @@ def from_array(array: NDArray[Any]) -> Picture:
             "it must be uint8 of shape (H, W), (H, W, 3) or (H, W, 4)"
         )
     return _from_bands(array)
+
+
+def picture_of(image: "Image.Image | ArrayLike | Picture | Source") -> Picture:
+    """Whatever may be meant by an image: one of Pillow, an array, a picture file, or a Picture, which stays the same.
+
+    Errors: as in `from_pil`, `from_array` and `read`.
+    """
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        return read(image)  # type: ignore[arg-type]
+    return from_array(np.asarray(image))
 
 
 def _from_bands(bands: Bytes) -> Picture:

@@ -36,14 +36,12 @@ def refuse_other_kinds(data: bytes) -> None:
         raise ImageError(DEVELOP)
     if data.startswith(VQ2_MAGIC) and "VQ2" not in Image.OPEN:
         raise ImageError("it is a .vq2 file already: decode it first")
-    for format, starts in (
-        ("HEIF", b"heic" in brands or b"heix" in brands),
-        ("JXL", data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))),
+    for format, starts, package in (
+        ("HEIF", b"heic" in brands or b"heix" in brands, "pillow-heif"),
+        ("JXL", data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")), "pillow-jxl-plugin"),
     ):
         if starts and not plugged(format):
-            raise ImageError(
-                f"{format} needs a decoder: pip install 'vqcodec[{format.lower()}]', or convert the file first"
-            )
+            raise ImageError(f"{format} needs a decoder: pip install {package}, or convert the file first")
 
 
 def plugged(format: str) -> bool:
