@@ -563,17 +563,28 @@ def without_opaque_alpha(picture: Picture) -> Picture:
 def _filled(pixels: Bytes, visible: NDArray[np.bool_]) -> Bytes:
     """Pixels (H, W, 3) that go on smoothly where they are not visible (H, W): each takes the mean of what is visible
     around it, of the smallest square of a power of two that has any (pull-push, Gortler and others 1996)."""
+    bands = [slice(at, at + 256) for at in range(0, len(pixels), 256)]  # floats take four times the memory
+    sums = [np.concatenate([_halved(_weighted(pixels[band], visible[band])) for band in bands])]
+    while max(sums[-1].shape[:2]) > 1:
+        sums.append(_halved(sums[-1]))
+    means = np.zeros((1, 1, 3), np.float32)
+    for total in reversed(sums):
+        weight = total[..., 3:]
+        finer = np.stack([_doubled(means[..., k], weight.shape) for k in range(3)], axis=2)
+        means = np.where(weight > 0, total[..., :3] / np.maximum(weight, 1), finer)
+    return np.where(visible[..., None], pixels, _doubled(np.rint(means).astype(np.uint8), visible.shape))
+
+
+def _weighted(pixels: Bytes, visible: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """(H, W, 4): colours where they are visible, else 0, and whether they are."""
     weight = visible[..., None].astype(np.float32)
-    sums = [(pixels * weight, weight)]
-    while max(sums[-1][1].shape[:2]) > 1:
-        sums.append((_halved(sums[-1][0]), _halved(sums[-1][1])))
-    coarse = np.zeros((1, 1, 3), np.float32)
-    for total, weight in reversed(sums):
-        height, width = weight.shape[:2]
-        planes = [Image.fromarray(coarse[..., k]).resize((2 * coarse.shape[1], 2 * coarse.shape[0])) for k in range(3)]
-        finer = np.stack([np.asarray(plane) for plane in planes], 2)[:height, :width]
-        coarse = np.where(weight > 0, total / np.maximum(weight, 1), finer)
-    return np.where(visible[..., None], pixels, np.clip(np.rint(coarse), 0, 255).astype(np.uint8))
+    return np.concatenate([pixels * weight, weight], axis=2)
+
+
+def _doubled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Twice as many rows and columns, smoothly, cut to (H, W)."""
+    size = 2 * array.shape[1], 2 * array.shape[0]
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))[: shape[0], : shape[1]]
 
 
 def _halved(sums: NDArray[np.float32]) -> NDArray[np.float32]:
