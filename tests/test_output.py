@@ -9,7 +9,8 @@ from PIL import Image, ImageCms, JpegImagePlugin
 from bitstream.container import ColourMode
 from bitstream.errors import ImageError
 from vqcodec import output
-from vqcodec.image import Picture, flattened, from_array, read, stripped
+from vqcodec.alpha import flattened
+from vqcodec.image import Picture, from_array, read, stripped
 from vqcodec.output import Options, save
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

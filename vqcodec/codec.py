@@ -15,6 +15,7 @@ from bitstream import container, rans
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError, ModelMismatchError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec.alpha import prepared
 from vqcodec.image import (
     Picture,
     Source,
@@ -24,7 +25,6 @@ from vqcodec.image import (
     contents,
     pack_alpha,
     picture_of,
-    prepared,
     stripped,
     to_pil,
     unpack_alpha,

@@ -145,7 +145,8 @@ def _from_file(image: Image.Image, data: bytes) -> Picture:
         frames = getattr(image, "n_frames", 1) if image.format != "PSD" else 1  # PSD: layers of one picture
         if image.format == "TIFF" and data.startswith(source.TIFF_MAGIC):
             source.refuse_other_kinds(data)
-            page, frames = source.full_page(data)
+            page, chained = source.full_page(data)
+            frames = chained or frames
             if image.tell() == 0 and page:
                 image.seek(page)
         depth, key = source.depth(image, data), source.transparent_grey(image)  # loading hides them
@@ -491,7 +492,9 @@ def _exif(image: Image.Image, data: bytes, notes: list[str]) -> bytes | None:
         if exif is None and data.startswith(source.TIFF_MAGIC) and hasattr(image, "tag_v2"):
             return exif_block.from_tiff(data, image.tag_v2.offset)
         if exif is None and (hasattr(image, "tag_v2") or "Raw profile type exif" in image.info):
-            exif = image.getexif().tobytes() or None
+            exif = image.getexif().tobytes().removeprefix(EXIF_PREFIX)
+            if hasattr(image, "tag_v2"):
+                exif = exif_block.from_tiff(exif, exif_block.first(exif))
     except Exception:
         exif = b"broken"
     return with_resolution(checked_exif(exif, notes), image.info)
@@ -543,66 +546,6 @@ def info_of(picture: Picture) -> dict[str, bytes]:
 
 
 # --- alpha ---
-
-
-def prepared(picture: Picture) -> Picture:
-    """The picture as it is coded: without an alpha that is opaque everywhere, and with smooth colours where nothing is
-    visible. What was there costs bytes, and its owner may think that it is erased. May share memory."""
-    picture = without_opaque_alpha(picture)
-    if picture.alpha is None or picture.alpha.all():
-        return picture
-    return replace(picture, pixels=_filled(picture.pixels, picture.alpha > 0))
-
-
-def without_opaque_alpha(picture: Picture) -> Picture:
-    if picture.alpha is None or not np.all(picture.alpha == 255):
-        return picture
-    return replace(picture, colour=picture.colour.opaque, alpha=None)
-
-
-def _filled(pixels: Bytes, visible: NDArray[np.bool_]) -> Bytes:
-    """Pixels (H, W, 3) that go on smoothly where they are not visible (H, W): each takes the mean of what is visible
-    around it, of the smallest square of a power of two that has any (pull-push, Gortler and others 1996)."""
-    bands = [slice(at, at + 256) for at in range(0, len(pixels), 256)]  # floats take four times the memory
-    sums = [np.concatenate([_halved(_weighted(pixels[band], visible[band])) for band in bands])]
-    while max(sums[-1].shape[:2]) > 1:
-        sums.append(_halved(sums[-1]))
-    means = np.zeros((1, 1, 3), np.float32)
-    for total in reversed(sums):
-        weight = total[..., 3:]
-        finer = np.stack([_doubled(means[..., k], weight.shape) for k in range(3)], axis=2)
-        means = np.where(weight > 0, total[..., :3] / np.maximum(weight, 1), finer)
-    return np.where(visible[..., None], pixels, _doubled(np.rint(means).astype(np.uint8), visible.shape))
-
-
-def _weighted(pixels: Bytes, visible: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """(H, W, 4): colours where they are visible, else 0, and whether they are."""
-    weight = visible[..., None].astype(np.float32)
-    return np.concatenate([pixels * weight, weight], axis=2)
-
-
-def _doubled(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Twice as many rows and columns, smoothly, cut to (H, W)."""
-    size = 2 * array.shape[1], 2 * array.shape[0]
-    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BILINEAR))[: shape[0], : shape[1]]
-
-
-def _halved(sums: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(H, W, C) -> (ceil(H / 2), ceil(W / 2), C): of squares of 2 x 2."""
-    padded = np.pad(sums, ((0, sums.shape[0] % 2), (0, sums.shape[1] % 2), (0, 0)))
-    return padded[::2, ::2] + padded[1::2, ::2] + padded[::2, 1::2] + padded[1::2, 1::2]
-
-
-def flattened(picture: Picture, background: Rgb) -> Picture:
-    """The picture on a background, without alpha; the same picture if it has none."""
-    if picture.alpha is None:
-        return picture
-    alpha, colour = picture.alpha[..., None].astype(np.uint16), picture.colour.opaque
-    if colour == ColourMode.GREY and len(set(background)) > 1:
-        picture, colour = in_srgb(picture), ColourMode.RGB
-    behind = (255 - alpha) * np.array(background, np.uint16)
-    pixels = ((picture.pixels * alpha + behind + 127) // 255).astype(np.uint8)
-    return replace(picture, pixels=pixels, colour=colour, alpha=None)
 
 
 def pack_alpha(alpha: Bytes) -> bytes:

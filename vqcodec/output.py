@@ -12,12 +12,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from bitstream.errors import ImageError
 from vqcodec import exif as exif_block
+from vqcodec.alpha import flattened, without_opaque_alpha
 from vqcodec.files import write_atomically
 from vqcodec.image import (
     EXIF_PREFIX,
     Picture,
     Rgb,
-    flattened,
     from_array,
     has_hue,
     in_srgb,
@@ -26,7 +26,6 @@ from vqcodec.image import (
     orientation,
     stripped,
     to_pil,
-    without_opaque_alpha,
 )
 
 _FORMATS = {
