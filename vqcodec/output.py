@@ -149,12 +149,21 @@ def _fitting(picture: Picture, name: str) -> Picture:
         try:
             _encoded(dot, name, {})
         except ImageError:
-            if kind == "icc":
-                fits = in_srgb(fits)
-            else:
-                setattr(fits, kind, None)
+            fits = in_srgb(fits) if kind == "icc" else _without(fits, kind)
             fits.notes.append(f"{name} cannot hold the {kind.upper()} data of {len(content):,} bytes: it was left out")
     return fits
+
+
+def _without(picture: Picture, kind: str) -> Picture:
+    """The picture without its "exif" or "xmp", turned if that said so."""
+    left = replace(picture)
+    setattr(left, kind, None)
+    if orientation(left) == orientation(picture):
+        return left
+    upright = stripped(picture, "keep-icc")
+    if orientation(left) == 1:  # else it would be turned once more
+        upright.exif, upright.xmp = left.exif, left.xmp
+    return upright
 
 
 def _encoded(picture: Picture, name: str, arguments: dict[str, Any]) -> bytes:
