@@ -39,7 +39,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     ],
     "container": [
         *((container, name) for name in ("pack", "unpack", "checksum", "verify")),
-        *((vqcodec.codec, name) for name in ("_picture", "to_pil", "pack_alpha", "unpack_alpha")),
+        *((vqcodec.codec, name) for name in ("picture_of", "to_pil", "pack_alpha", "unpack_alpha")),
     ],
 }
 Timed = Callable[..., Any]
