@@ -19,7 +19,7 @@ from PIL import Image
 import vqcodec.codec
 from benchmarks import codecs, corpus, machine, timing
 from benchmarks.corpus import Bytes
-from bitstream import container, rans
+from bitstream import container, rans, walk
 from bitstream.errors import ImageError
 from vqcodec import Codec
 from vqcodec.image import read
@@ -28,15 +28,12 @@ from vqcodec.models import refine
 DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
 DEFAULT_RIVALS = ("jpeg", "webp", "avif-420-psnr", "jxl", "jpeg2000")
 
-# The functions that vqcodec/codec.py calls for each stage, as (owner, name).
+# The functions of each stage, as (owner, name).
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "networks": [(vqcodec.codec, "run_tiled")],
     "fit": [(refine, "refined_latents")],
-    "wavefront": [(vqcodec.codec, "fill_grid")],
-    "rANS": [
-        *((rans.Encoder, name) for name in ("push", "finish")),
-        *((rans.Decoder, name) for name in ("__init__", "pop", "finish")),
-    ],
+    "walk": [(walk, "_fill")],  # with reading words
+    "rANS": [*((rans.Encoder, name) for name in ("push", "finish")), (rans, "split")],
     "container": [
         *((container, name) for name in ("pack", "unpack", "checksum", "verify")),
         *((vqcodec.codec, name) for name in ("picture_of", "to_pil", "pack_alpha", "unpack_alpha")),

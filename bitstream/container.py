@@ -121,40 +121,52 @@ It covers what was decoded, not what was stored, so that it detects wrong tables
 are made of but alpha, so that no chunk of these can get lost.
 
 
-5. Order of the indices
+5. Order of the symbols, and lanes
 
-A grid has h x w cells with M indices each, every index in 0..K-1. The number of grids, and M, K, h and w of
-each, follow from the model and the image's width and height. Cell (i, j), row i and column j, belongs to step
-t = j + 2i. Indices are coded by ascending step, within a step by ascending group m, within a group by
-ascending row i. Each grid is a payload of its own, and is coded when all coarser grids are known.
+A grid has h x w cells with M groups each, and each group of a cell has one index, 0 for null. The number of grids, and
+M, h and w of each, follow from the model and the image's width and height. Each grid is a payload of its own, and
+is coded when all coarser grids are known.
+
+The index of a group is one or more symbols, each with a table of probabilities (FORMAT.md, section 11): its flag, 0 for
+null and 1 otherwise; if it is not null its outcome; after the outcome that escapes, the coordinates of a point.
+
+The rows of a grid are dealt to lanes. Their number is the largest power of two that is at most h / 32 and at most 8,
+but at least 1: so 1 up to 63 rows, 2 up to 127, 4 up to 255, then 8. Row i belongs to lane i mod lanes. Cell (i, j),
+row i and column j, belongs to wave t = j + 2i. A lane has its cells by ascending wave, within a wave by ascending row;
+of each cell all symbols, group after group, before those of the next cell.
+
+A payload begins with the number of words of each lane but the last, a varint as in section 3. Then come the words of
+all lanes, lane 0 first; the last lane has all words that are left. A payload is refused with DamagedError if one of
+these numbers is no varint or larger than what is left, or if what follows them is no multiple of 4 bytes.
 
 
 6. Tables
 
-For each index the model gives K >= 2 logits, whole numbers in steps of 1/32 in log2. With d_k the largest
-logit minus logit k::
+For each symbol of K >= 2 possible values the model gives K logits, whole numbers in units of 1/32 in log2. With d_k the
+largest logit minus logit k::
 
     w_k = floor(2^(20 - (d_k mod 32) / 32) + 1/2) >> floor(d_k / 32)
     u_k = 1 + floor((2^20 - K) * w_k / sum(w))
 
 and what the sum of all u_k then lacks of 2^20, less than K, is added to u_0. So every u_k >= 1, and
-u_k / 2^20 is the probability that the index is k.
+u_k / 2^20 is the probability that the symbol is k. From d_k = 672 on w_k is 0. The coordinates of an escape have no
+logits: each has K = 128 and u_k = 2^13.
 
 
 7. rANS
 
-A payload is a sequence of 32-bit words. It may be empty; its last word is not 0. Otherwise, or if its length
-is not a multiple of 4 bytes, it is refused with DamagedError. A decoder has a state x, at first 0, and takes
-words from the end of the payload: before each index, while x < 2^32 and a word is left, x = 2^32 x + word.
-Then, with c_k = u_0 + ... + u_(k-1)::
+A lane is a sequence of 32-bit words, little-endian. It may have none: then all of its symbols are 0, those with the
+interval that begins at 0. Its last word is not 0, otherwise the file is refused with DamagedError. A decoder of a lane
+has a state x, at first 0, and takes words from the end of the lane: before each symbol, while x < 2^32 and a word is
+left, x = 2^32 x + word. Then, with c_k = u_0 + ... + u_(k-1)::
 
     s = x mod 2^24
-    k = the index, such that 16 c_k <= s < 16 (c_k + u_k)
+    k = the symbol, such that 16 c_k <= s < 16 (c_k + u_k)
     x = 16 u_k floor(x / 2^24) + s - 16 c_k
 
-After the last index x must be 0 and no word be left, otherwise DamagedError. An encoder goes this way
-backwards, from the last index to the first: if x >= 2^40 * 16 u_k, it moves the low word of x to the end of
-the payload; then x = 2^24 floor(x / 16 u_k) + (x mod 16 u_k) + 16 c_k. At last x itself goes to the end, low
+After the last symbol of each lane x must be 0 and no word be left, otherwise DamagedError. An encoder goes this way
+backwards, from the last symbol to the first: if x >= 2^40 * 16 u_k, it moves the low word of x to the end of
+the lane; then x = 2^24 floor(x / 16 u_k) + (x mod 16 u_k) + 16 c_k. At last x itself goes to the end, low
 word first, as many words as it needs. (This is the `AnsCoder` of the library constriction with default
 parameters: 64-bit state, 32-bit words, 24-bit precision, hence the factor 16.)
 """

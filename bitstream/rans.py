@@ -1,8 +1,8 @@
-"""rANS: indices and integer tables to payload bytes, and back.
+"""rANS: symbols, given by their intervals, to the words of a lane; lanes to a payload, and back.
 
-The bits are specified in section 7 of `bitstream.container`; constriction computes them. A table is a row of
-K >= 2 frequencies u_k >= 1 with sum 2**20, a symbol is a column of it. Of each table the encoder needs only
-the interval of its symbol: cumulative = u_0 + ... + u_(k-1), and frequency = u_k.
+The bits are specified in section 7 of `bitstream.container`; constriction computes them, `kernels` reads them. Of each
+table the encoder needs only the interval of its symbol: cumulative = u_0 + ... + u_(k-1), and frequency = u_k, of a sum
+of 2**20.
 
 Why no probability is ever rounded: given weights p_k, ``Categorical(perfect=False)`` puts the left edge of
 column k at floor(scale * (p_0 + ... + p_(k-1))) + k, in units of 2**-24, with scale = (2**24 - K) / sum(p).
@@ -10,25 +10,25 @@ With p_k = 16 u_k - 1 the scale is exactly 1 and the edge is at 16 (u_0 + ... + 
 these numbers are whole and at most 2**24, hence exact in float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from constriction import stream
 from numpy.typing import NDArray
 
+from bitstream.container import _parse_varint, _varint
 from bitstream.errors import DamagedError
+from bitstream.exact import TABLE_BITS, TABLE_TOTAL
 
-TOTAL_BITS = 20
-
-_TOTAL = 1 << TOTAL_BITS
 _CODER_TOTAL = 1 << 24
-_RATIO = _CODER_TOTAL // _TOTAL
+_RATIO = _CODER_TOTAL // TABLE_TOTAL
 _TABLES = stream.model.Categorical(perfect=False)
 _BLOCK = 1 << 16  # symbols per call: bounds the memory of `Encoder.finish`, and costs no speed
 
 
 class Encoder:
-    """Collects symbols in coding order; the bytes come at the end, because rANS is last in, first out.
+    """Collects a lane's symbols in coding order; the bytes come at the end, because rANS is last in, first out.
 
     Memory: 8 bytes per symbol.
     """
@@ -47,13 +47,13 @@ class Encoder:
             raise TypeError(f"intervals must be integers, not {cumulative.dtype} and {frequency.dtype}")
         if cumulative.ndim != 1 or cumulative.shape != frequency.shape:
             raise ValueError(f"intervals must be (N,) and (N,), not {cumulative.shape} and {frequency.shape}")
-        low, size = cumulative.astype(np.int64), frequency.astype(np.int64)
-        if not ((low >= 0) & (size >= 1) & (size < _TOTAL) & (size <= _TOTAL - low)).all():
+        fits = (cumulative >= 0) & (frequency >= 1) & (frequency < TABLE_TOTAL)
+        if not (fits & (cumulative <= TABLE_TOTAL - frequency.astype(np.int64))).all():
             raise ValueError("an interval is empty, all of 0..2**20, or not within 0..2**20")
-        self._intervals.append(np.stack([low, size]).astype(np.int32))
+        self._intervals.append(np.stack([cumulative, frequency]).astype(np.int32))
 
     def finish(self) -> bytes:
-        """The payload of all symbols pushed so far, empty if there are none. Does not change the encoder."""
+        """The words of all symbols pushed so far, none if there are none. Does not change the encoder."""
         coder = stream.stack.AnsCoder()
         for low, size in reversed(self._intervals):
             for stop in range(len(low), 0, -_BLOCK):
@@ -63,49 +63,40 @@ class Encoder:
         return bytes(coder.get_compressed().astype("<u4").tobytes())
 
 
-class Decoder:
-    """The inverse of Encoder.
+def join(lanes: Sequence[bytes]) -> bytes:
+    """The payload of a grid from the words of its lanes."""
+    return b"".join([*(_varint(len(lane) // 4) for lane in lanes[:-1]), *lanes])
 
-    Requirement: a call of `finish` at the end. A damaged payload decodes to wrong symbols without complaint:
-    `finish` notices most damage, the file's checksum the rest.
+
+def split(payload: bytes, lanes: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The inverse of ``join``: all words, those of lane n from bounds[n] to bounds[n + 1].
+
+    Raises DamagedError for bytes that no encoder writes: lengths that do not fit, no whole words, a last word of 0.
     """
+    data, at, lengths = memoryview(payload), 0, []
+    for _ in range(lanes - 1):
+        length, at = _parse_varint(data, at)
+        lengths.append(length)
+    left = len(data) - at - 4 * sum(lengths)
+    if left < 0 or left % 4:
+        raise DamagedError(f"an index grid has {left} bytes for its last lane, not whole words: damaged file")
+    words = np.frombuffer(data[at:], "<u4").astype(np.uint32)
+    bounds = np.cumsum([0, *lengths, left // 4])
+    if any(end > start and words[end - 1] == 0 for start, end in zip(bounds, bounds[1:], strict=False)):
+        raise DamagedError("a lane of an index grid ends in a zero word: the file is damaged")
+    return words, bounds
 
-    def __init__(self, payload: bytes) -> None:
-        """Raises DamagedError for bytes that no encoder writes: not whole words, or a last word of 0."""
-        if len(payload) % 4:
-            raise DamagedError(f"an index grid has {len(payload)} bytes, not whole words: damaged file")
-        words = np.frombuffer(payload, "<u4").astype(np.uint32)
-        if words.size and words[-1] == 0:
-            raise DamagedError("an index grid ends in a zero word: the file is damaged")
-        self._coder = stream.stack.AnsCoder(words)
 
-    def pop(self, frequencies: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """The next N symbols.
-
-        frequencies: (N, K) integers, K >= 2, entries >= 1, rows sum to 2**20.  Returns (N,) int64 in 0..K-1.
-        ValueError for other shapes, TypeError for floats; that entries and sums are right is the caller's duty, it
-        would cost as much time as the decoding.  Never fails because of the payload.
-        """
-        if frequencies.dtype.kind not in "iu":
-            raise TypeError(f"frequencies must be integers, not {frequencies.dtype}")
-        if frequencies.ndim != 2 or frequencies.shape[1] < 2:
-            raise ValueError(f"frequencies must be (N, K) with K >= 2, not {frequencies.shape}")
-        # C order matters: constriction takes the memory as it lies, and would misread a transposed array.
-        tables = frequencies.astype(np.float32, order="C")
-        tables *= _RATIO
-        tables -= 1
-        return np.asarray(self._coder.decode(_TABLES, tables), np.int64)
-
-    def finish(self) -> None:
-        """Raises DamagedError unless all of the payload is used up."""
-        if not self._coder.is_empty():
-            left = self._coder.num_valid_bits()
-            raise DamagedError(f"{left} bits are left after the last index: the file is damaged")
+def finish(states: Sequence[int], words: Sequence[int]) -> None:
+    """Raises DamagedError unless no lane has anything left: states are 0, and so are the numbers of words left."""
+    left = sum(x.bit_length() for x in states) + 32 * sum(words)
+    if left or any(words):
+        raise DamagedError(f"{left} bits are left after the last index: the file is damaged")
 
 
 def bits(frequency: NDArray[np.integer[Any]]) -> float:
     """Ideal code length, in bits, of symbols with these frequencies out of 2**20."""
-    return float(TOTAL_BITS * frequency.size - np.log2(frequency).sum())
+    return float(TABLE_BITS * frequency.size - np.log2(frequency).sum())
 
 
 def _three_columns(low: NDArray[np.int32], size: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

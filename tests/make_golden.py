@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from tiny_model import GOLDEN, WEIGHTS
 
-from bitstream import container
+from bitstream import container, rans
 from bitstream.container import ColourMode, Container, Header
-from vqcodec.codec import Codec, decode_indices
+from bitstream.exact import lanes
+from vqcodec.codec import Codec
 from vqcodec.image import Picture, pack_alpha, read
 
 IMAGES = Path(__file__).parent / "images"
@@ -46,6 +47,7 @@ def pictures() -> dict[str, tuple[Picture, float]]:
         "metadata": (Picture(pixels[:32, :32], ColourMode.RGB, None, *metadata), 2),
         "noise": (Picture(noise, ColourMode.RGB), 3),
         "long-700x20": (Picture(np.tile(pixels[:20], (1, 8, 1))[:, :700], ColourMode.RGB), 2),
+        "lanes-40x530": (Picture(np.tile(pixels[:, :40], (9, 1, 1))[:530], ColourMode.RGB), 3),
         "thin-5x600": (Picture(np.tile(pixels[:, :5], (9, 1, 1))[:600], ColourMode.RGB), 2),
         "equal-planes": (Picture(grey[:48, :48], ColourMode.RGB), 2),
         "equal-planes-alpha": (Picture(grey[:40, :48], ColourMode.RGBA, alpha), 2),
@@ -56,15 +58,13 @@ def pictures() -> dict[str, tuple[Picture, float]]:
 
 
 def padded(codec: Codec, width: int, height: int) -> bytes:
-    """The smallest file of a size, so small that it is padded: every index is 0, which costs no byte of payload."""
+    """The smallest file of a size, so small that it is padded: every index is 0, which costs no words."""
     header = Header(1, width, height, ColourMode.RGB, codec.fingerprint)
-    cells = codec.cells(header.height, header.width)
-    ratios = [codec.model.config.stride // grid.stride for grid in codec.model.config.grids]
-    grids = [
-        np.zeros((grid.groups, cells[0] * ratio, cells[1] * ratio), np.uint16)
-        for grid, ratio in zip(codec.model.config.grids, ratios, strict=True)
-    ]
-    return container.pack(Container(header, container.checksum(header, grids), (b"",) * len(grids)))
+    weights = codec.indices.weights
+    shapes = [weights.shape(k, height, width) for k in range(len(weights.grids))]
+    grids = [np.zeros((grid.groups, *shape), np.uint16) for grid, shape in zip(weights.grids, shapes, strict=True)]
+    payloads = tuple(rans.join([b""] * lanes(rows)) for rows, _ in shapes)
+    return container.pack(Container(header, container.checksum(header, grids), payloads))
 
 
 def chunk(kind: int, payload: bytes) -> bytes:
@@ -151,10 +151,10 @@ def wrong_flats() -> dict[str, bytes]:
 def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
     """Name -> the error of a file that is wrong in this way alone, and the file."""
     golden = {path.stem: path.read_bytes() for path in (GOLDEN / "decode").glob("*.vq2")}
-    good, padding, rich = golden["grey"], golden["padded"], golden["every-chunk"]
-    parts, full = container.unpack(good), container.unpack(rich)
+    good, padding, rich, long = (golden[name] for name in ("grey", "padded", "every-chunk", "lanes-40x530"))
+    parts, full, laned = container.unpack(good), container.unpack(rich), container.unpack(long)
     assert full.flat and full.alpha and full.icc and full.exif and full.xmp
-    full_grids = [grid[0].numpy() for grid in decode_indices(codec, full)]
+    full_grids = codec.indices.decode(full)
     head, (top, bottom), end = good[:25], parts.grids, b"\x7f"
     grid1, grid2 = chunk(1, top), chunk(2, bottom)
     assert head + grid1 + grid2 + end == good
@@ -179,6 +179,15 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
     def with_grids(*payloads: bytes) -> bytes:
         return container.pack(dataclasses.replace(parts, grids=payloads))
 
+    def with_lanes(*streams: bytes) -> bytes:
+        return container.pack(dataclasses.replace(laned, grids=(laned.grids[0], rans.join(streams))))
+
+    def with_bottom(payload: bytes) -> bytes:
+        return container.pack(dataclasses.replace(laned, grids=(laned.grids[0], payload)))
+
+    words, bounds = rans.split(laned.grids[1], 2)
+    length, body = int(bounds[1]), words.astype("<u4").tobytes()
+    lane1, lane2 = (words[a:b].astype("<u4").tobytes() for a, b in zip(bounds, bounds[1:], strict=False))
     damaged = {
         "header-cut": good[:24],
         "header-level-0": patched(good, 5, b"\0"),
@@ -220,6 +229,14 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
         "payload-one-word-short": with_grids(top, bottom[4:]),
         "payload-one-word-long": with_grids(top, b"\1\2\3\4" + bottom),
         "payload-bit-flipped": with_grids(top, flipped(bottom, len(bottom) // 2)),
+        "lanes-exchanged": with_lanes(lane2, lane1),
+        "lane-one-word-short": with_lanes(lane1[4:], lane2),
+        "lane-one-word-long": with_lanes(b"\1\2\3\4" + lane1, lane2),
+        "lane-ends-in-a-zero-word": with_lanes(lane1 + bytes(4), lane2),
+        "lane-longer-than-the-payload": with_bottom(b"\xff\x7f" + body),
+        "lane-length-not-minimal": with_bottom(bytes([length & 127 | 128, length >> 7 | 128, 0]) + body),
+        "lane-lengths-missing": with_bottom(b""),
+        "lanes-not-whole-words": with_bottom(laned.grids[1][:-1]),
         "flat-missing": rich_head + rich_grids + plane + end,
         "flat-exchanged": container.pack(dataclasses.replace(full, flat=b"\2" + full.flat[1:])),
         "flat-crc-wrong": rich_head + rich_grids + blocks[:-1] + b"!" + plane + end,
@@ -272,7 +289,7 @@ def main() -> None:
     for name, data in {**files, "padded": padded(codec, 4096, 32)}.items():
         path = keep("decode", name, data)
         parts = container.unpack(path.read_bytes())
-        grids = [grid[0].numpy() for grid in decode_indices(codec, parts)]
+        grids = codec.indices.decode(parts)
         lines.append(f"{container.checksum(parts.header, grids):08x} {path.name}\n")
     (GOLDEN / "decode.txt").write_text("".join(lines))
     table = [f"{error} {keep('refuse', name, data).name}\n" for name, (error, data) in mistakes(codec).items()]

@@ -54,16 +54,8 @@ def parse(data: bytes) -> File:
         kind, at = data[at], at + 1
         if kind == 0x7F:
             break
-        length = shift = 0
-        while True:
-            if shift == 35 or at >= len(data):
-                raise Refused("length")
-            byte, at = data[at], at + 1
-            length += (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                break
-        if (shift > 7 and byte == 0) or at + length > len(data):
+        length, at = varint(data, at)
+        if at + length > len(data):
             raise Refused("length")
         if not (1 <= kind <= 8 or 0x40 <= kind <= 0x44) or kind <= max(chunks, default=0):
             raise Refused("chunk type")
@@ -117,13 +109,12 @@ def table(logits: Ints) -> Ints:
 
 
 class Coder:
-    def __init__(self, payload: bytes) -> None:
-        if len(payload) % 4:
+    """One lane: its words, and the state."""
+
+    def __init__(self, words: list[int]) -> None:
+        if words and words[-1] == 0:
             raise Refused("payload")
-        self.words = [int.from_bytes(payload[at : at + 4], "little") for at in range(0, len(payload), 4)]
-        if self.words and self.words[-1] == 0:
-            raise Refused("payload")
-        self.x = 0
+        self.words, self.x = words, 0
 
     def pop(self, u: Ints) -> int:
         while self.x < 2**32 and self.words:
@@ -136,6 +127,42 @@ class Coder:
     def finish(self) -> None:
         if self.x or self.words:
             raise Refused("bits are left")
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if shift == 35 or at >= len(data):
+            raise Refused("length")
+        byte, at = data[at], at + 1
+        value += (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            break
+    if shift > 7 and byte == 0:
+        raise Refused("length")
+    return value, at
+
+
+def coders(payload: bytes, rows: int) -> list[Coder]:
+    """The lanes of a grid with this many rows."""
+    lanes = 1
+    while lanes < 8 and 2 * lanes * 32 <= rows:
+        lanes *= 2
+    at, lengths = 0, []
+    for _ in range(lanes - 1):
+        length, at = varint(payload, at)
+        lengths.append(length)
+    if (len(payload) - at) % 4:
+        raise Refused("payload")
+    words = [int.from_bytes(payload[k : k + 4], "little") for k in range(at, len(payload), 4)]
+    if sum(lengths) > len(words):
+        raise Refused("payload")
+    found = []
+    for length in [*lengths, len(words) - sum(lengths)]:
+        found.append(Coder(words[:length]))
+        words = words[length:]
+    return found
 
 
 # --- section 8: the weights file ---
@@ -154,7 +181,7 @@ def read_weights(data: bytes) -> Weights:
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     metadata = header.pop("__metadata__")
-    if metadata["format"] != "vqcodec-1":
+    if metadata["format"] != "vqcodec-2":
         raise Refused("format of the weights")
     config = json.loads(metadata["config"])
     grids = config["grids"]
@@ -180,6 +207,22 @@ def code_activations(bits: Ints) -> Ints:
     return np.clip(np.where(right > 0, rounded, number << np.maximum(-right, 0)), -127, 127)
 
 
+class Codes:
+    """Code activations by index: null, the codes, escapes."""
+
+    def __init__(self, weights: Weights, k: int) -> None:
+        self.table = code_activations(weights.tensors[f"codebooks.{k}.vectors"])
+
+    def __call__(self, group: int, index: int) -> Ints:
+        codes, d = self.table.shape[1:]
+        if index == 0:
+            return np.zeros(d, np.int64)
+        if index <= codes:
+            return self.table[group, index - 1]
+        a, b = divmod(index - codes - 1, 128)
+        return activation(16 * (np.array([a, b] if d == 2 else [b]) - 64))
+
+
 # --- section 9: layers ---
 
 
@@ -192,9 +235,10 @@ class Linear:
         biases = weights.tensors[f"{name}.bias"]
         self.bias = biases[level if len(biases) > 1 else 0]
 
-    def __call__(self, x: Ints, bits: int) -> Ints:
-        right = 5 - self.exponent - bits
-        return (self.weight @ x + self.bias + (1 << right - 1)) >> right
+    def __call__(self, x: Ints, bits: int, rows: slice = slice(None)) -> Ints:
+        """Of some rows of outputs, from the first inputs: those that x has."""
+        right = 5 - self.exponent[rows] - bits
+        return (self.weight[rows, : len(x)] @ x + self.bias[rows] + (1 << right - 1)) >> right
 
 
 def activation(steps: Ints, low: int = -127) -> Ints:
@@ -299,22 +343,28 @@ def steps(h: int, w: int) -> Iterator[list[tuple[int, int]]]:
         yield [(i, t - 2 * i) for i in range(h) if 0 <= t - 2 * i < w]
 
 
+def part(group: int, size: int) -> slice:
+    return slice(group * size, (group + 1) * size)
+
+
 def decode_grid(
     weights: Weights, k: int, level: int, shape: tuple[int, int], given: Ints | None, payload: bytes
 ) -> tuple[Ints, Ints]:
     """Indices (M, h, w) and code activations (h, w, M d) of grid k."""
     name, grid = f"priors.{k}", weights.grids[k]
     groups, d, prior = grid["groups"], grid["dim"], grid["prior"]
-    vectors = code_activations(weights.tensors[f"codebooks.{k}.vectors"])
+    vectors, outcomes, escape = Codes(weights, k), grid["codes"] + grid["escape"], grid["codes"]
     embed = Linear(weights, f"{name}.embed", level)
     blocks = [Block(weights, f"{name}.blocks.{b}", level) for b in range(prior["blocks"])]
     attention = Attention(weights, f"{name}.attention", level, shape, prior["heads"]) if prior["heads"] else None
-    hidden = [Linear(weights, f"{name}.hidden.{g}", level) for g in range(groups)]
-    out = [Linear(weights, f"{name}.out.{g}", level) for g in range(groups)]
+    flag_hidden, flag_out, hidden, out = (
+        Linear(weights, f"{name}.{layer}", level) for layer in ("flag_hidden", "flag_out", "hidden", "out")
+    )
+    uniform = np.full(128, 2**13, np.int64)
 
     indices, codes = np.zeros((groups, *shape), np.int64), np.zeros((*shape, groups * d), np.int64)
     seen = np.zeros((len(blocks), *shape, prior["channels"]), np.int64)  # what each block reads
-    coder = Coder(payload)
+    lanes = coders(payload, shape[0])
     for cells in steps(*shape):
         features, queried = {}, {}
         for i, j in cells:
@@ -328,16 +378,29 @@ def decode_grid(
                 seen[b, i, j] = read_stream(stream)
                 stream = block(stream, np.concatenate([seen[b, i, j], taps(seen[b], i, j, CAUSAL)]))
             features[i, j] = read_stream(stream)
-        for g in range(groups):
-            for i, j in cells:
+        for i, j in cells:
+            coder, units = lanes[i % len(lanes)], np.zeros(0, np.int64)
+            for g in range(groups):
                 known = np.concatenate([features[i, j], codes[i, j, : g * d]])
-                logits = clip12(out[g](activation(hidden[g](known, ACTIVATION), 0), LOGIT))
-                indices[g, i, j] = coder.pop(table(logits))
-                codes[i, j, g * d : (g + 1) * d] = vectors[g, indices[g, i, j]]
+                mine = activation(flag_hidden(known, ACTIVATION, part(g, prior["flags"])), 0)
+                units = np.concatenate([units, mine])
+                flag = clip12(flag_out(units, LOGIT, part(g, 1)))
+                if coder.pop(table(np.array([0, flag[0]]))) == 0:
+                    continue
+                logits = out(
+                    activation(hidden(known, ACTIVATION, part(g, prior["hidden"])), 0), LOGIT, part(g, outcomes)
+                )
+                index = 1 + coder.pop(table(clip12(logits)))
+                if index == escape + 1:
+                    for c in range(d):
+                        index += 128 ** (d - 1 - c) * coder.pop(uniform)
+                indices[g, i, j] = index
+                codes[i, j, g * d : (g + 1) * d] = vectors(g, index)
         if attention:
             for i, j in cells:
                 attention.keep(queried[i, j], codes[i, j], i, j)
-    coder.finish()
+    for coder in lanes:
+        coder.finish()
     return indices, codes
 
 

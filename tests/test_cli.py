@@ -447,7 +447,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_behind(
     here: Path, monkeypatch: pytest.MonkeyPatch, encode: Command, decode: Command
 ) -> None:
     fail_at(monkeypatch, "Codec.encode", KeyboardInterrupt())
-    fail_at(monkeypatch, "decode_picture", KeyboardInterrupt())
+    fail_at(monkeypatch, "Codec.decode_picture", KeyboardInterrupt())
     (here / "photo.vq2").write_bytes(b"old")
     for result in encode("-f", "photo.png"), decode("-f", "file.vq2"):
         refused(result, "interrupted", code=130)

@@ -13,7 +13,7 @@ from tiny_model import GOLDEN, WEIGHTS
 
 import vqcodec
 from bitstream import container
-from vqcodec.codec import Codec, decode_picture
+from vqcodec.codec import Codec
 from vqcodec.metrics import psnr
 from vqcodec.targets import Target
 
@@ -72,7 +72,7 @@ def test_a_path_bytes_and_an_open_file_are_decoded_alike(codec: Codec) -> None:
 def test_exif_that_is_none_and_an_endless_profile_are_dropped_on_decoding(codec: Codec) -> None:
     parts = container.unpack((GOLDEN / "decode" / "metadata.vq2").read_bytes())
     forged = container.pack(replace(parts, exif=b"no EXIF", icc=SRGB + bytes(20_000_000)))
-    picture = decode_picture(codec, forged)
+    picture = codec.decode_picture(forged)
     assert (picture.icc, picture.exif) == (None, None) and picture.xmp == parts.xmp
     assert ["ICC profile has 20,000,588 bytes" in note or "EXIF data is damaged" in note for note in picture.notes] == [
         True,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_rans import read
 
 from bitstream import container as spec
 from bitstream import errors, rans
@@ -259,9 +260,10 @@ def test_flipping_any_bit_of_a_file_is_refused() -> None:
     def decode(data: bytes | bytearray) -> Container:
         container, grids = unpack(data), []
         for grid, original in zip(container.grids, GRIDS, strict=False):
-            decoder = rans.Decoder(grid)
-            grids.append(decoder.pop(uniform[: original.size]).reshape(original.shape))
-            decoder.finish()
+            symbols, empty = read(grid, uniform[: original.size])
+            if not empty:
+                raise DamagedError
+            grids.append(np.array(symbols).reshape(original.shape))
         verify(container, grids)
         return container
 

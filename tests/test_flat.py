@@ -15,7 +15,7 @@ from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import DamagedError
 from vqcodec import flat
-from vqcodec.codec import Codec, PictureEncoder, decode_picture
+from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.image import Bytes, Picture, from_array, from_pil
 
 
@@ -231,7 +231,7 @@ def test_a_picture_has_its_own_mode_whatever_was_coded(codec: Codec) -> None:
         picture = Picture(grey, mode, alpha if mode.has_alpha else None)
         data = codec.encode(picture, 2)
         assert container.unpack(data).header.colour is mode.equal
-        assert decode_picture(codec, data).colour is mode
+        assert codec.decode_picture(data).colour is mode
     almost = grey.copy()
     almost[19, 29, 2] ^= 1
     assert container.unpack(codec.encode(almost, 2)).header.colour is ColourMode.RGB
@@ -246,7 +246,7 @@ def test_what_the_encoder_says_it_decodes_to_is_what_it_decodes_to(codec: Codec)
         encoder = PictureEncoder(codec, picture)
         data = encoder.encode(2)
         assert container.unpack(data).flat is not None
-        assert (encoder.decoded() == decode_picture(codec, data).pixels).all()
+        assert (encoder.decoded() == codec.decode_picture(data).pixels).all()
 
 
 def test_a_preview_goes_without_flat_blocks(codec: Codec) -> None:

@@ -15,11 +15,12 @@ from PIL import Image
 from reference_decoder import POWERS, Weights
 from tiny_model import GOLDEN, WEIGHTS
 
-from bitstream import container
-from vqcodec.codec import Codec, decode_indices
-from vqcodec.models import dyadic, pixelsnail
-from vqcodec.models.quantizer import Codebook
-from vqcodec.weights import FORMAT, SHIPPED, load_weights, to_file
+from bitstream import container, exact
+from bitstream.weights import FORMAT
+from bitstream.weights import Weights as Numbers
+from vqcodec.codec import Codec
+from vqcodec.models import dyadic
+from vqcodec.weights import SHIPPED
 
 TEXT = (Path(container.__file__).parent / "FORMAT.md").read_text("utf-8")
 OF_PIXELS = "alpha-png-", "flat-content-"
@@ -38,25 +39,28 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_grids_of_values_are_as_specified() -> None:
     code = {
-        "activations": (dyadic.ACTIVATION_BITS, dyadic.ACTIVATION_MAX),
-        "stream": (dyadic.STREAM_BITS, dyadic.STREAM_MAX),
-        "logits": (dyadic.LOGIT_BITS, dyadic.LOGIT_MAX),
+        "activations": (exact.ACTIVATION_BITS, exact.ACTIVATION_MAX),
+        "stream": (exact.STREAM_BITS, exact.STREAM_MAX),
+        "logits": (exact.LOGIT_BITS, exact.LOGIT_MAX),
     }
-    found = {name: (step, limits) for name, step, limits in rows("values")}
+    found = {name: (unit, limits) for name, unit, limits in rows("values")}
     assert found == {name: (f"2^-{bits}", f"-{most}..{most}") for name, (bits, most) in code.items()}
 
 
 def test_the_numbers_in_the_text_are_those_of_the_code() -> None:
     text = " ".join(TEXT.split())
     assert f"`format`, which is `{FORMAT}`" in text
-    assert f"-{dyadic.WEIGHT_MAX}..{dyadic.WEIGHT_MAX}; `.exponent`" in text
-    assert f"{dyadic.EXPONENT_MIN}..{dyadic.EXPONENT_MAX}; `.bias`" in text
-    assert f"within +-2^{dyadic.BIAS_MAX.bit_length() - 1}." in text and dyadic.BIAS_MAX == 2**19
-    for name, offsets in (("CAUSAL", pixelsnail.CAUSAL), ("AROUND", pixelsnail.AROUND)):
+    assert f"-{exact.WEIGHT_MAX}..{exact.WEIGHT_MAX}; `.exponent`" in text
+    assert f"{exact.EXPONENT_MIN}..{exact.EXPONENT_MAX}; `.bias`" in text
+    assert f"within +-2^{exact.BIAS_MAX.bit_length() - 1}." in text and exact.BIAS_MAX == 2**19
+    for name, offsets in (("CAUSAL", exact.CAUSAL), ("AROUND", exact.AROUND)):
         assert f"{name} {' '.join(map(str, offsets))}" in text
-    window = pixelsnail.ATTENTION_ROWS, pixelsnail.ATTENTION_STEPS
+    window = exact.ATTENTION_ROWS, exact.ATTENTION_WAVES
     assert f"u = 0..{window[0] - 1} and v = 1..{window[1]}" in text
     assert f"(A, {window[0]}, {window[1]})" in text
+    assert f"No layer has more than {exact.MAX_FAN_IN} inputs" in text
+    assert f"K + 1 + {exact.ESCAPE_SIDE} a + b stands for" in text
+    assert f"({exact.ESCAPE_STEP} (a - {exact.ESCAPE_SIDE // 2}), {exact.ESCAPE_STEP} (b - 64))" in text
     assert f"first {container.FINGERPRINT_BYTES} bytes of the SHA-256" in text
 
 
@@ -64,20 +68,18 @@ def test_the_powers_of_two_are_as_specified() -> None:
     numbers = re.search(r"\n\n((?: +\d{6,7}){8}\n(?:(?: +\d{6}){8}\n){3})", TEXT)
     assert numbers is not None
     assert list(map(int, numbers[1].split())) == POWERS[:32].tolist()
-    assert dyadic.POWERS.tolist() == POWERS.tolist()
+    assert exact.POWERS.tolist() == dyadic.POWERS.tolist() == POWERS.tolist()
 
 
 @pytest.mark.parametrize("path", [WEIGHTS, SHIPPED], ids=["tiny", "shipped"])
 def test_a_weights_file_holds_the_tensors_of_the_specification(path: Path) -> None:
-    model = load_weights(path)
-    levels = model.config.levels
-    types = {torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.float16: "F16"}
+    numbers = Numbers.load(path)
+    levels = numbers.levels
     expected = {}
-    for k, grid in enumerate(model.config.grids):
-        prior, above = grid.prior, model.config.grids[k - 1] if k else None
-        symbols = {"M": grid.groups, "d": grid.dim, "K": grid.codes, "D": grid.groups * grid.dim, "k": k}
-        symbols |= {"C": prior.channels, "B": prior.blocks, "H": prior.hidden, "A": prior.heads}
-        symbols |= {"E": prior.head_channels, "Dx": above.groups * above.dim if above else 0}
+    for k, grid in enumerate(numbers.grids):
+        symbols = {"M": grid.groups, "d": grid.dim, "K": grid.codes, "D": grid.depth, "k": k, "N": grid.outcomes}
+        symbols |= {"C": grid.channels, "B": grid.blocks, "F": grid.flags, "H": grid.hidden, "A": grid.heads}
+        symbols |= {"E": grid.head_channels, "Dx": numbers.grids[k - 1].depth if k else 0}
 
         def value(formula: str, symbols: dict[str, int] = symbols, **more: int) -> int:
             product = re.sub(r"(?<=\w) (?=\w)", "*", formula.replace("D'", "Dx"))
@@ -92,16 +94,13 @@ def test_a_weights_file_holds_the_tensors_of_the_specification(path: Path) -> No
                 wide, high = value(inputs, n=n), value(outputs, n=n)
                 expected[f"{stem}.weight"] = ("I8", (high, wide))
                 expected[f"{stem}.exponent"] = ("I8", (high, 1))
-                expected[f"{stem}.bias"] = ("I32", (1 if ".out." in stem else levels, high))
+                expected[f"{stem}.bias"] = ("I32", (1 if stem.endswith(".out") else levels, high))
         for name, when, dtype, shape, _ in rows("tensor +\\| when +\\| dtype"):
             if not when or value(when):
                 sides = tuple(value(side) for side in shape.strip("()").split(","))
                 expected[name.replace(".k.", f".{k}.")] = (dtype, sides)
-    found = {
-        name: (types.get(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in to_file(model).items()
-        if name.startswith("priors.") or name.endswith(".vectors")
-    }
+    types = {"int8": "I8", "int16": "I16", "int32": "I32", "float16": "F16"}
+    found = {name: (types[tensor.dtype.name], tensor.shape) for name, tensor in numbers.tensors.items()}
     assert found == expected
 
 
@@ -119,7 +118,7 @@ def codec() -> Codec:
 
 
 def product_indices(codec: Codec, data: bytes) -> list[list[int]]:
-    return [grid[0].tolist() for grid in decode_indices(codec, container.unpack(data))]
+    return [grid.tolist() for grid in codec.indices.decode(container.unpack(data))]
 
 
 def test_the_reference_decoder_stands_alone() -> None:
@@ -160,7 +159,6 @@ def test_the_reference_decoder_refuses_what_is_to_be_refused(tiny: Weights) -> N
 @given(st.lists(st.integers(0, 2**16 - 1).filter(lambda bits: bits >> 10 & 31 < 31), min_size=1))
 def test_code_vectors_become_activations_in_integers(bits: list[int]) -> None:
     halves = np.array(bits, np.uint16).view(np.float16)
-    book = Codebook(1, len(bits), 1, levels=1)
-    book.vectors.copy_(torch.from_numpy(halves)[None, :, None])
-    steps = book.activations().flatten() * 2**dyadic.ACTIVATION_BITS
-    assert reference_decoder.code_activations(np.array(bits)).tolist() == steps.tolist()
+    expected = dyadic.activation(torch.from_numpy(halves).float() / 8) * 2**dyadic.ACTIVATION_BITS
+    assert exact.code_activations(halves).tolist() == expected.tolist()
+    assert reference_decoder.code_activations(np.array(bits)).tolist() == expected.tolist()

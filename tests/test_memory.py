@@ -9,7 +9,7 @@ from tiny_model import WEIGHTS
 
 from bitstream.errors import LimitError
 from vqcodec import memory
-from vqcodec.codec import Codec, examine
+from vqcodec.codec import Codec
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def test_nothing_is_decoded_without_memory_for_it(codec: Codec, monkeypatch: pyt
     data = padded(codec, 160, 160)
     assert codec.decode(data).size == (160, 160)
     monkeypatch.setattr(memory, "available", lambda: memory.needed(160, 160) - 1)
-    monkeypatch.setattr("vqcodec.codec.fill_grid", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("bitstream.walk.decode", lambda *_: pytest.fail("decoded"))
     for read in (
         codec.decode,
         lambda data: codec.decode(data, preview=True),
         codec.sample_from,
-        lambda data: examine(codec, data),
+        lambda data: codec.examine(data),
     ):
         with pytest.raises(LimitError, match="160 x 160"):
             read(data)

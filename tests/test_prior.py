@@ -1,200 +1,174 @@
-import random
+"""The training form of a prior, a whole grid at once, against the walk that codes with it."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqcodec.models import dyadic, wavefront
+from bitstream import rans
+from bitstream.exact import ESCAPE_BITS, TABLE_BITS
+from bitstream.indices import IndexCoder
+from bitstream.walk import Grid
 from vqcodec.models.dyadic import frequencies
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig
-from vqcodec.models.wavefront import CoarserGrid, Floats, Indices, LevelPrior, Wave, coding_tables, fill_grid, waves
+from vqcodec.models.pixelsnail import PriorConfig, rows_of
+from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
+from vqcodec.weights import as_coded
 
-GROUPS, DIM, CODES, LEVELS = 3, 4, 16, 2
-shapes = st.tuples(st.integers(1, 14), st.integers(1, 21))
+STRIDE, LEVELS = 8, 2
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 13))
+Interval = tuple[int, int]
 
 
-def make_prior(heads: int = 2, condition: int = 0, seed: int = 0) -> PixelSNAIL:
+def make_model(seed: int = 0) -> tuple[VQVAE, IndexCoder]:
+    """A small model of two grids, and its coder."""
     torch.manual_seed(seed)
-    config = PriorConfig(32, blocks=3, hidden=16, heads=heads, head_channels=8)
-    prior = PixelSNAIL(config, GROUPS, DIM, CODES, condition, LEVELS).eval().requires_grad_(False)
-    for p in prior.parameters():
-        p.add_(torch.randn_like(p) * 0.1)
-    return prior
+    priors = PriorConfig(24, blocks=3, flags=5, hidden=12, heads=2, head_channels=8), PriorConfig(16, 2, 4, 8)
+    grids = (
+        GridConfig(8, groups=3, dim=2, codes=9, prior=priors[0], escape=True),
+        GridConfig(4, groups=2, dim=3, codes=7, prior=priors[1]),
+    )
+    model = VQVAE(ModelConfig("small", (0.01, 0.02), channels=(8, 8), blocks=1, grids=grids))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.startswith("priors."):
+                p.add_(torch.randn_like(p) * 0.1)
+            elif name.endswith(".vectors"):
+                p.copy_(torch.randn_like(p) * 3)
+    model, weights = as_coded(model)
+    return model, IndexCoder(weights)
 
 
-def make_grid(seed: int, batch: int, h: int, w: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(CODES, (batch, GROUPS, h, w), generator=generator)
-    return indices, dyadic.activation(torch.randn(GROUPS, CODES, DIM, generator=generator))
+MODEL, CODER = make_model()
 
 
-def lookup(indices: Tensor, vectors: Tensor) -> Tensor:
-    return torch.cat([vectors[g][indices[:, g]] for g in range(GROUPS)], -1)
+def encode(shape: tuple[int, int], level: int, seed: int) -> tuple[list[Grid], list[list[Interval]]]:
+    """Grids of random latents for a coarsest grid of this shape, and what the walk gives the coder, in coding order."""
+    rng, grids, intervals = np.random.default_rng(seed), [], []
+    size = STRIDE * shape[0], STRIDE * shape[1]
+    for k, config in enumerate(CODER.weights.grids):
+        z = rng.normal(0, 2.5, (*CODER.weights.shape(k, *size), config.depth)).astype(np.float32)
+        z[rng.random(z.shape) < 0.02] *= 20
+        pushed: list[Interval] = []
+        with pytest.MonkeyPatch.context() as patch:
+
+            def push(self: Any, low: Any, frequency: Any, pushed: list[Interval] = pushed) -> None:
+                pushed.extend(zip(low.tolist(), frequency.tolist(), strict=True))
+
+            patch.setattr(rans.Encoder, "push", push)
+            grid, _ = CODER.encode(level, size, grids, z, 0.5)
+        grids.append(grid)
+        intervals.append(pushed)
+    return grids, intervals
+
+
+def tensor(grid: Grid) -> Tensor:
+    return torch.from_numpy(grid.astype(np.int64))[None]
 
 
 @torch.no_grad()
-def parallel(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condition: Tensor | None) -> Tensor:
-    """Tables of a whole grid, (M, B, h w, K)."""
-    levels = torch.full((len(indices),), level)
-    logits = prior(lookup(indices, vectors), levels, condition)
-    return torch.stack([frequencies(row).flatten(1, 2) for row in logits])
+def tables(k: int, grids: list[Grid], level: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """By the training form: the tables of all flags (M, cells, 2), and of all outcomes (M, cells, N)."""
+    levels, index = torch.tensor([level]), tensor(grids[k])
+    condition = MODEL.condition(k, tensor(grids[k - 1]), levels) if k else None
+    book, prior = MODEL.codebooks[k], MODEL.priors[k]
+    flat = index[0].flatten(1)
+    seen = book.activations(book.lookup(flat), 1, *index.shape[2:])
+    flags, known = prior(seen, levels, condition)
+    logits = prior.logits(known, levels, rows_of(torch.ones_like(flat, dtype=torch.bool)))
+    both = torch.stack([torch.zeros_like(flags), flags], -1)
+    return frequencies(both).numpy(), frequencies(logits).unflatten(0, flat.shape).numpy()
 
 
-def in_steps(condition: Tensor) -> NDArray[np.int16]:
-    """Stream values (h, w, C) -> steps (h w, C)."""
-    return (condition.flatten(0, 1) * 2**dyadic.STREAM_BITS).short().numpy()
+def expected(k: int, grids: list[Grid], level: int) -> list[Interval]:
+    """The intervals of a grid of one lane in coding order, by the training form's tables."""
+    flags, outcomes = tables(k, grids, level)
+    config = CODER.weights.grids[k]
+    _, h, w = grids[k].shape
+    found = []
+    for i, j in sorted(np.ndindex(h, w), key=lambda cell: (cell[1] + 2 * cell[0], cell[0])):
+        for g in range(config.groups):
+            index, cell = int(grids[k][g, i, j]), i * w + j
+            null = int(flags[g, cell, 0])
+            found.append((0, null) if index == 0 else (null, int(flags[g, cell, 1])))
+            if index:
+                outcome = min(index - 1, config.codes)
+                table = outcomes[g, cell]
+                found.append((int(table[:outcome].sum()), int(table[outcome])))
+                if outcome == config.codes:
+                    one = 1 << TABLE_BITS - ESCAPE_BITS
+                    number = index - 1 - config.codes
+                    found += [(one * (number // 128**c % 128), one) for c in reversed(range(config.dim))]
+    return found
 
 
-def walk(prior: PixelSNAIL, indices: Tensor, vectors: Tensor, level: int, condition: Tensor | None) -> Tensor:
-    """The same from the walk, which is told the indices."""
-    h, w = indices.shape[2:]
-    tables = torch.zeros(GROUPS, len(indices), h * w, CODES, dtype=torch.int32)
-    for b, grid in enumerate(indices.numpy()):
-
-        def told(wave: Wave, group: int, logits: Floats, b: int = b, grid: Indices = grid) -> Indices:
-            tables[group, b, wave.cells] = torch.from_numpy(coding_tables(logits))
-            return grid[group].reshape(-1)[wave.cells]
-
-        steps = None if condition is None else in_steps(condition[b])
-        known = None if steps is None else lambda wave, steps=steps: steps[wave.cells].copy()
-        assert np.array_equal(fill_grid(LevelPrior(prior, vectors, level), (h, w), known, told), grid)
-    return tables
+@settings(max_examples=30)
+@given(shapes, st.integers(0, LEVELS - 1), st.integers(0, 1000))
+def test_training_and_coding_agree_bit_for_bit(shape: tuple[int, int], level: int, seed: int) -> None:
+    grids, intervals = encode(shape, level, seed)
+    for k in range(len(grids)):
+        assert intervals[k] == expected(k, grids, level)
 
 
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_waves_visit_every_cell_once_after_its_neighbours(h: int, w: int) -> None:
-    step_of = {}
-    for wave in waves(h, w):
-        rows = range(*wave.rows.indices(h))
-        cells = list(range(h * w))[wave.cells] if rows else []
-        assert [cell // w for cell in cells] == list(rows)
-        for cell in cells:
-            assert cell not in step_of
-            step_of[cell] = wave.step
-    assert len(step_of) == h * w and max(step_of.values()) == w + 2 * (h - 1) - 1
-    for cell, step in step_of.items():
-        i, j = divmod(cell, w)
-        for a, b in ((i, j - 1), (i - 1, j - 1), (i - 1, j), (i - 1, j + 1)):
-            if a >= 0 and 0 <= b < w:
-                assert step_of[a * w + b] < step
+@settings(max_examples=30)
+@given(shapes, st.integers(0, 10**6), st.integers(0, 1))
+def test_an_index_never_changes_an_earlier_probability(shape: tuple[int, int], seed: int, k: int) -> None:
+    grids, _ = encode(shape, 0, seed % 7)
+    m, h, w = grids[k].shape
+    g, i, j = np.unravel_index(seed % grids[k].size, (m, h, w))
+    changed = list(grids)
+    changed[k] = grids[k].copy()
+    changed[k][g, i, j] = (changed[k][g, i, j] + 3) % 8
+    for before, after in zip(tables(k, grids, 0), tables(k, changed, 0), strict=True):
+        moved = (before != after).any(-1).reshape(m, h, w)
+        for other, a, b in np.argwhere(moved):
+            assert b + 2 * a > j + 2 * i or (a == i and b == j and other > g)
 
 
-@given(shapes, st.integers(0, LEVELS - 1), st.sampled_from([0, 2]), st.integers(0, 1000))
-def test_forward_equals_step_bit_for_bit(shape: tuple[int, int], level: int, heads: int, seed: int) -> None:
-    prior = make_prior(heads, seed=seed % 3)
-    indices, vectors = make_grid(seed, 2, *shape)
-    assert torch.equal(parallel(prior, indices, vectors, level, None), walk(prior, indices, vectors, level, None))
-
-
-@given(shapes, st.integers(0, 1000))
-def test_forward_equals_step_with_a_condition(half: tuple[int, int], seed: int) -> None:
-    prior = make_prior(heads=0, condition=8)
-    coarse = dyadic.activation(torch.randn(1, *half, 8, generator=torch.Generator().manual_seed(seed)))
-    with torch.no_grad():
-        condition = prior.condition(coarse, torch.tensor([1]))
-    indices, vectors = make_grid(seed, 1, 2 * half[0], 2 * half[1])
-    expected = parallel(prior, indices, vectors, 1, condition)
-    assert torch.equal(expected, walk(prior, indices, vectors, 1, condition))
-
-
-@given(shapes, st.integers(0, 10**6), st.sampled_from([0, 2]))
-def test_an_index_never_changes_an_earlier_probability(shape: tuple[int, int], seed: int, heads: int) -> None:
-    h, w = shape
-    prior = make_prior(heads)
-    indices, vectors = make_grid(seed, 1, h, w)
-    cell, group = seed % (h * w), seed % GROUPS
-    changed = indices.clone()
-    changed.flatten(2)[0, group, cell] += 1
-    changed %= CODES
-    before, after = (parallel(prior, x, vectors, 0, None) for x in (indices, changed))
-    moved = (before != after).any(-1)[:, 0]  # (M, h w)
-    i, j = divmod(cell, w)
-    for g in range(GROUPS):
-        for other in range(h * w):
-            a, b = divmod(other, w)
-            later = b + 2 * a > j + 2 * i or (other == cell and g > group)
-            assert later or not moved[g, other]
-
-
-def test_the_prior_uses_its_whole_causal_neighbourhood() -> None:
-    prior = make_prior(heads=0)
-    indices, vectors = make_grid(5, 1, 9, 11)
-    base = parallel(prior, indices, vectors, 0, None)[:, 0, 4 * 11 + 5]
-    for i, j in ((4, 4), (3, 4), (3, 5), (3, 6)):
-        changed = indices.clone()
-        changed[:, :, i, j] = (changed[:, :, i, j] + 5) % CODES
-        assert not torch.equal(parallel(prior, changed, vectors, 0, None)[:, 0, 4 * 11 + 5], base)
-
-
-def test_a_wave_computed_in_pieces_gives_the_same_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    prior = make_prior()
-    indices, vectors = make_grid(9, 1, 9, 14)
-    expected = walk(prior, indices, vectors, 1, None)
-    product, rng = torch.mm, random.Random(0)
-
-    def in_pieces(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """Any split of the cells, and the inputs of each cell summed in two parts."""
-        cut, half = rng.randint(0, x.shape[0]), rng.randint(0, x.shape[1])
-        parts = [product(p[:, half:], weight[half:]) for p in (x[:cut], x[cut:])]
-        return torch.add(torch.cat(parts), product(x[:, :half], weight[:half]), out=out)
-
-    monkeypatch.setattr(wavefront.torch, "mm", in_pieces)
-    assert torch.equal(walk(prior, indices, vectors, 1, None), expected)
+def test_the_prior_uses_its_whole_causal_neighbourhood_and_the_coarser_grid() -> None:
+    grids, _ = encode((5, 6), 0, 5)
+    base = tables(1, grids, 0)[0][:, 4 * 12 + 5]
+    for k, i, j in ((1, 4, 4), (1, 3, 4), (1, 3, 5), (1, 3, 6), (0, 2, 2), (0, 3, 3)):
+        changed = list(grids)
+        changed[k] = grids[k].copy()
+        changed[k][:, i, j] = (changed[k][:, i, j] + 3) % 8
+        assert not np.array_equal(tables(1, changed, 0)[0][:, 4 * 12 + 5], base)
 
 
 def test_tables_are_the_same_in_float64_and_under_every_precision_setting() -> None:
-    indices, vectors = make_grid(11, 2, 8, 13)
-    expected = parallel(make_prior(), indices, vectors, 0, None)
+    grids, _ = encode((6, 9), 0, 11)
+    wanted = [tables(k, grids, 0) for k in range(2)]
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+
+    def check() -> None:
+        for k, (flags, outcomes) in enumerate(wanted):
+            found = tables(k, grids, 0)
+            assert np.array_equal(found[0], flags) and np.array_equal(found[1], outcomes)
+
     try:
         for setting in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(setting)
             for count in (1, 2):
                 torch.set_num_threads(count)
-                assert torch.equal(parallel(make_prior(), indices, vectors, 0, None), expected)
-                assert torch.equal(walk(make_prior(), indices, vectors, 0, None), expected)
+                check()
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-    double = parallel(make_prior().double(), indices, vectors.double(), 0, None)
-    assert torch.equal(double, expected)
 
 
-@pytest.mark.parametrize("heads", [0, 2])
-def test_training_logits_are_close_to_the_exact_ones(heads: int) -> None:
-    prior = make_prior(heads)
-    indices, vectors = make_grid(3, 2, 10, 10)
-    level = torch.zeros(2, dtype=torch.long)
+def test_training_logits_are_close_to_the_exact_ones() -> None:
+    grids, _ = encode((9, 9), 0, 3)
+    prior, book, level = MODEL.priors[0], MODEL.codebooks[0], torch.tensor([0])
+    seen = book.activations(book.lookup(tensor(grids[0])[0].flatten(1)), 1, 9, 9)
     with torch.no_grad():
-        exact = prior(lookup(indices, vectors), level)
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = prior.train()(lookup(indices, vectors), level)
-    for a, b in zip(exact, rough, strict=True):
-        assert (a - b.float()).abs().mean() < 0.05 * a.std()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("h, w", [(1, 1), (1, 40), (40, 1), (3, 2), (13, 29), (31, 12)])
-def test_the_condition_is_the_same_in_blocks_each_computed_once(
-    h: int, w: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wavefront, "BLOCK", 8)
-    prior, level, blocks = make_prior(condition=GROUPS * DIM), torch.tensor([1]), 0
-    indices, vectors = make_grid(0, 1, h, w)
-    assert prior.condition is not None
-
-    def network(indices: Tensor) -> Tensor:
-        nonlocal blocks
-        blocks += 1
-        return prior.condition(lookup(indices, vectors), level)
-
-    whole = in_steps(network(indices)[0])
-    condition, blocks = CoarserGrid(network, prior.condition.reach, indices), 0
-    for wave in waves(2 * h, 2 * w):
-        assert np.array_equal(condition(wave), whole[wave.cells])
-        assert len(condition.blocks) <= 3 * -(-h // 4)  # of 4 x 4 coarser cells: a diagonal, not the grid
-    assert blocks == -(-h // 4) * -(-w // 4)
+        exact, _ = prior(seen, level)
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                rough, _ = prior.train()(seen, level)
+        finally:
+            prior.eval()
+    assert (exact - rough.float()).abs().mean() < 0.05 * exact.std()

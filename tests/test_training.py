@@ -255,7 +255,7 @@ def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.Monkey
     crops = Crops.__new__(Crops)
     crops.pixels, crops.shapes, crops.chances = (
         torch.zeros(size, dtype=kind, device=meta)
-        for size, kind in ((10**5, torch.uint8), ((3, 3), torch.long), (3, torch.double))
+        for size, kind in (((10**5, 3), torch.uint8), ((3, 3), torch.long), (3, torch.double))
     )
     optims, average, sums = optimizers(model, "joint"), Average(model), Sums(TINY.levels, meta)
     for step in range(REBIRTHS + 1):

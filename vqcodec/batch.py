@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-import vqcodec.codec
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec, Progress
 from vqcodec.image import Strip, read, stripped
@@ -95,8 +94,7 @@ class Decode:
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
-        decoded = vqcodec.codec.decode_picture(codec, data, self.max_pixels, progress, self.preview)
-        picture = stripped(decoded, self.strip)
+        picture = stripped(codec.decode_picture(data, self.max_pixels, progress, self.preview), self.strip)
         height, width = picture.pixels.shape[:2]
         notes, encoded = list(picture.notes), BytesIO()
         losses = save(picture, encoded, self.format, self.options)

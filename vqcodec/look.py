@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, features
 
 from bitstream.container import MAX_SIDE
-from vqcodec.codec import Codec, decode_picture, examine
+from vqcodec.codec import Codec
 from vqcodec.image import Bytes, Picture, stripped
 from vqcodec.metrics import psnr, ssimulacra2
 
@@ -57,7 +57,7 @@ def compare(codec: Codec, picture: Picture, qualities: Sequence[float]) -> Itera
     plain = Picture(pixels, picture.colour.opaque)
     for quality in qualities:
         data = codec.encode(plain, quality)
-        decoded = decode_picture(codec, data, max_pixels=MAX_SIDE**2).pixels
+        decoded = codec.decode_picture(data, max_pixels=MAX_SIDE**2).pixels
         row = [_shown(f"vq2, quality {quality:g}", pixels, _file(decoded, "PNG"), "png", len(data))]
         for name, (feature, options) in RIVALS.items():
             if features.check(feature):
@@ -186,11 +186,12 @@ def draw_grids(codec: Codec, data: bytes, max_pixels: int) -> Image.Image:
     BitstreamError."""
     maps: list[tuple[str, Bytes]] = []
     drawn: list[tuple[str, Bytes]] = []
-    for k, (indices, bits) in enumerate(examine(codec, data, max_pixels), start=1):
-        most, codes = float(bits.max()), codec.model.config.grids[k - 1].codes
-        maps.append((f"grid{k}: {bits.mean():.1f} bits a cell, white {most:.0f}", _heat(bits / (most or 1))))
+    for k, (indices, bits) in enumerate(codec.examine(data, max_pixels), start=1):
+        cells = bits.sum(0)
+        most, codes = float(cells.max()), codec.model.config.grids[k - 1].codes
+        maps.append((f"grid{k}: {cells.mean():.1f} bits a cell, white {most:.0f}", _heat(cells / (most or 1))))
         for m, group in enumerate(indices, start=1):
-            grey = np.repeat((group * (255 / (codes - 1))).astype(np.uint8)[..., None], 3, axis=2)
+            grey = np.repeat((np.minimum(group, codes) * (255 / codes)).astype(np.uint8)[..., None], 3, axis=2)
             drawn.append((f"grid{k}, indices {m} of {len(indices)}", grey))
     maps += drawn
     h, w = maps[0][1].shape[:2]
@@ -205,6 +206,6 @@ def draw_grids(codec: Codec, data: bytes, max_pixels: int) -> Image.Image:
     return sheet
 
 
-def _heat(share: NDArray[np.float64]) -> Bytes:
+def _heat(share: NDArray[np.floating[Any]]) -> Bytes:
     """0..1 as black, red, yellow, white."""
     return (255 * np.clip(3 * share[..., None] - np.arange(3), 0, 1)).astype(np.uint8)

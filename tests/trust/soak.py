@@ -20,7 +20,7 @@ sys.path[:0] = [str(TESTS.parent)]
 
 from bitstream.container import ColourMode  # noqa: E402
 from vqcodec.alpha import prepared  # noqa: E402
-from vqcodec.codec import Codec, decode_picture  # noqa: E402
+from vqcodec.codec import Codec  # noqa: E402
 from vqcodec.image import Picture, read  # noqa: E402
 
 ALLOWED_GROWTH = 16  # MB, from the first half to the last eighth: until then caches fill
@@ -56,7 +56,7 @@ def main(trips: int) -> int:
     for _ in range(trips):
         original = picture(rng, photo)
         data = codec.encode(original, rng.uniform(1, codec.model.config.levels))
-        back, original = decode_picture(codec, data), prepared(original)
+        back, original = codec.decode_picture(data), prepared(original)
         same = (back.pixels.shape, back.colour, back.icc, back.exif, back.xmp) == (
             (original.pixels.shape, original.colour, original.icc, original.exif, original.xmp)
         )

@@ -1,4 +1,4 @@
-"""The networks. See vqvae.py for the model, pixelsnail.py for its priors, wavefront.py for the loop that codes."""
+"""The networks. See vqvae.py for the model, pixelsnail.py for its priors; `bitstream` codes with them."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar

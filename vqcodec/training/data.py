@@ -14,7 +14,6 @@ from vqcodec.image import read
 
 SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SHRINK = 2.0  # half of the crops show up to so many times the side of the others
-LOBES = 3.0  # of the Lanczos window that they are scaled with
 FLAT = 0.02  # share of the crops of which a part gets one colour: margins and backgrounds are rare in photographs
 
 
@@ -103,13 +102,13 @@ class Crops:
                 )
             root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
             chances.append(root / root.sum() * share)
-            shapes.append(cache.shapes + np.array([sum(lengths), 0, 0]))
-            lengths.append(len(cache.pixels))
+            shapes.append(cache.shapes // np.array([3, 1, 1]) + np.array([sum(lengths), 0, 0]))
+            lengths.append(len(cache.pixels) // 3)
         self.chances = torch.from_numpy(np.concatenate(chances)).to(device)
         self.shapes = torch.from_numpy(np.concatenate(shapes)).to(device)
-        self.pixels = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        self.pixels = torch.empty(sum(lengths), 3, dtype=torch.uint8, device=device)
         for cache, part in zip((cache for cache, _ in folders), self.pixels.split(lengths), strict=True):
-            part.copy_(torch.tensor(np.asarray(cache.pixels)))
+            part.copy_(torch.tensor(np.asarray(cache.pixels)).view(-1, 3))
 
     def draw(self, batch: int, size: int) -> Tensor:
         """(batch, 3, size, size) in 0..1, channels last, by the device's random numbers."""
@@ -124,8 +123,8 @@ class Crops:
         # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
         ahead = torch.arange(int(SHRINK * size), device=device)
         rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
-        place = offset[:, None, None] + 3 * (rows[:, :, None] * sides[:, 1, None, None] + columns[:, None])
-        patch = self.pixels[place[..., None] + torch.arange(3, device=device)].float()
+        place = offset[:, None, None] + rows[:, :, None] * sides[:, 1, None, None] + columns[:, None]
+        patch = self.pixels.index_select(0, place.flatten()).view(*place.shape, 3).float()
         flip = uniform(batch, device) < 0.5
         down, across = resampling(scale, span, size, torch.zeros_like(flip)), resampling(scale, span, size, flip)
         small = torch.einsum("bir,brsc->bisc", down, patch)
@@ -151,12 +150,13 @@ def uniform(n: int, device: torch.device) -> Tensor:
 
 
 def resampling(scale: Tensor, span: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: a windowed
-    sinc (Lanczos), exact copies where scale (B,) is 1. flip: (B,), from right to left."""
+    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: the cubic of
+    Keys (1981), stretched by scale (B,); exact copies where that is 1. flip: (B,), from right to left."""
     at = torch.arange(size, device=scale.device)
     at = torch.where(flip[:, None], size - 1 - at, at)
     source = torch.arange(int(SHRINK * size), device=scale.device)
     centre = (at + 0.5) * scale[:, None] - 0.5
-    t = (source - centre[:, :, None]) / scale[:, None, None]
-    weight = torch.sinc(t) * torch.sinc(t / LOBES) * ((t.abs() < LOBES) & (source < span[:, None, None]))
-    return weight / weight.sum(-1, keepdim=True)
+    t = (source - centre[:, :, None]).abs_().div_(scale[:, None, None]).clamp_(max=2)
+    near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2
+    weight = torch.where(t < 1, near, far).mul_(source < span[:, None, None])
+    return weight.div_(weight.sum(-1, keepdim=True))

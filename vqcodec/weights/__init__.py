@@ -6,7 +6,6 @@ steps of 1/32. Code vectors, encoder and decoder are float16, the training state
 configuration is JSON in the file's metadata.
 """
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitstream.errors import WeightsError
+from bitstream.weights import FORMAT, Weights
 from vqcodec.models.dyadic import ACTIVATION_BITS, LOGIT_BITS, DyadicLinear, logit, power_of_two, weight_exponent
 from vqcodec.models.pixelsnail import CausalAttention, PriorConfig
 from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
 
 SHIPPED = Path(__file__).parent / "vqcodec.safetensors"
-FORMAT = "vqcodec-2"
 
 
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
@@ -70,20 +69,26 @@ def from_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def fingerprint(model: VQVAE) -> bytes:
-    """First 8 bytes of the SHA-256 of what must match to read a file: strides, priors and code vectors.
+def as_coded(model: VQVAE) -> tuple[VQVAE, Weights]:
+    """A copy of a model, on the CPU, as it were saved and loaded, and the integers that its priors code with."""
+    tensors = to_file(model)
+    return _built(model.config, tensors), _integers(model.config, tensors)
 
-    Hashed are a line with the grids' strides, as in "16 8", then by name each tensor of the weights file that belongs
-    to a prior or holds code vectors: a line with name, type and shape, as in "codebooks.0.vectors float16 4 256 4", and
-    the values, little-endian, in C order. Lines end with one newline.
-    """
-    digest = hashlib.sha256((" ".join(str(grid.stride) for grid in model.config.grids) + "\n").encode())
-    for name, tensor in sorted(to_file(model).items()):
-        if name.startswith("priors.") or name.endswith(".vectors"):
-            values = tensor.numpy()
-            digest.update(" ".join([name, str(values.dtype), *map(str, values.shape)]).encode() + b"\n")
-            digest.update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-    return digest.digest()[:8]
+
+def fingerprint(model: VQVAE) -> bytes:
+    """Names a model in its files, see ``Weights.fingerprint``."""
+    return _integers(model.config, to_file(model)).fingerprint
+
+
+def _integers(config: ModelConfig, tensors: dict[str, Tensor]) -> Weights:
+    return Weights(asdict(config), {name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def _built(config: ModelConfig, tensors: dict[str, Tensor]) -> VQVAE:
+    with torch.device("cpu"):  # whatever the caller's default is
+        model = VQVAE(config)
+    model.load_state_dict(from_file(tensors), assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def _half(name: str, value: Tensor) -> Tensor:
@@ -103,19 +108,32 @@ def load_weights(path: Path = SHIPPED) -> VQVAE:
 
     Guarantee: saving it again gives the same tensors. Raises WeightsError.
     """
+    return load(path)[0]
+
+
+def load(path: Path = SHIPPED) -> tuple[VQVAE, Weights]:
+    """As ``load_weights``, and the integers that the priors code with. Raises WeightsError."""
+    numbers = Weights.load(path)  # which is sure of the grids before anything is built
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            fields = json.loads(file.metadata()["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such weights file") from None
+        _check(fields, tensors)
+        return _built(config_from_dict(fields), tensors), numbers
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable weights file ({error})") from None
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path}: weights of format {metadata.get('format')}, this version reads {FORMAT}")
-    try:
-        model = VQVAE(config_from_dict(json.loads(metadata["config"])))
-        model.load_state_dict(from_file(tensors), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: the tensors do not fit the configuration ({error})") from None
-    return model.eval().requires_grad_(False)
+
+
+def _check(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError where the networks would be larger than the file, or have numbers that are none."""
+    sizes = [*fields["channels"], fields["blocks"]]
+    most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
+    if not all(type(size) is int and 0 <= size <= max(most, len(tensors)) for size in sizes) or len(sizes) > len(
+        tensors
+    ):
+        raise ValueError(f"channels {fields['channels']}, blocks {fields['blocks']}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are not finite")

@@ -1,0 +1,153 @@
+"""From a file to its indices, and from latents to indices and payloads: what every machine does alike.
+
+``IndexCoder`` knows weights and formats, and nothing of pictures. Grids come coarsest first, each (M, h, w) uint16.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitstream import container, walk
+from bitstream.container import DEFAULT_MAX_PIXELS, Container, Header
+from bitstream.errors import DamagedError, ModelMismatchError
+from bitstream.prior import Prior
+from bitstream.walk import Grid, Setting
+from bitstream.weights import Weights
+
+Progress = Callable[[float], None]
+
+
+def decode(
+    data: bytes,
+    weights: Weights | str | Path,
+    progress: Progress | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> list[Grid]:
+    """The index grids of a file, checked against its checksum. Raises BitstreamError, WeightsError."""
+    coder = IndexCoder(weights if isinstance(weights, Weights) else Weights.load(weights))
+    return coder.decode(container.unpack(data, max_pixels=max_pixels), progress)
+
+
+class IndexCoder:
+    """Reads and writes the indices of files that belong to some weights.
+
+    Guarantee: indices and bytes are the same whatever the number of threads; an object may be used by several threads
+    at once.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._priors: dict[tuple[int, int], Prior] = {}
+
+    def decode(self, parts: Container, progress: Progress | None = None) -> list[Grid]:
+        """The grids of a file, checked against its checksum. Raises BitstreamError."""
+        grids = self.pop(parts.header, self._all(parts), progress)
+        container.verify(parts, grids)
+        return grids
+
+    def examine(self, parts: Container) -> list[tuple[Grid, NDArray[np.float32]]]:
+        """As ``decode``, and the bits of every index (M, h, w)."""
+        bits: list[NDArray[np.float32]] = []
+        grids = self.pop(parts.header, self._all(parts), bits=bits)
+        container.verify(parts, grids)
+        return list(zip(grids, bits, strict=True))
+
+    def pop(
+        self,
+        header: Header,
+        payloads: Sequence[bytes],
+        progress: Progress | None = None,
+        bits: list[NDArray[np.float32]] | None = None,
+    ) -> list[Grid]:
+        """The grids of payloads, not yet checked against a checksum: for a preview, of the first ones alone.
+
+        bits: gets the bits of every index (M, h, w), grid by grid. Raises BitstreamError.
+        """
+        if header.fingerprint != self.weights.fingerprint:
+            raise ModelMismatchError(
+                f"the file was written with model {header.fingerprint.hex()}, this installation has "
+                f"{self.weights.fingerprint.hex()}: install the vqcodec version that wrote it, or pass its --weights"
+            )
+        if header.level > self.weights.levels:
+            raise DamagedError(f"level {header.level}, the model has {self.weights.levels} levels: the file is damaged")
+        tell = Counter(self.weights, (header.height, header.width), progress, len(payloads))
+        grids: list[Grid] = []
+        for k, payload in enumerate(payloads):
+            setting = self._setting(k, header.level - 1, (header.height, header.width), grids, tell)
+            if bits is not None:
+                bits.append(np.zeros((self.weights.grids[k].groups, *setting.shape), np.float32))
+                setting = setting._replace(bits=bits[k])
+            grids.append(walk.decode(setting, payload))
+        return grids
+
+    def encode(
+        self,
+        level: int,
+        size: tuple[int, int],
+        grids: Sequence[Grid],
+        latents: NDArray[np.float32],
+        rate_weight: float,
+        tell: "Counter | None" = None,
+    ) -> tuple[Grid, bytes]:
+        """The next finer grid of an image and its payload.
+
+        level: from 0; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d). The indices
+        are those of least |z - e|^2 + rate_weight * bits, one after the other. ValueError for latents that are not
+        finite.
+        """
+        return walk.encode(self._setting(len(grids), level, size, grids, tell), latents, rate_weight)
+
+    def sample(
+        self,
+        level: int,
+        size: tuple[int, int],
+        generator: np.random.Generator,
+        temperature: float = 1.0,
+        grids: Sequence[Grid] = (),
+    ) -> list[Grid]:
+        """All grids of an image: those that are given, and finer ones drawn from the priors.
+
+        temperature: below 1 likely indices are drawn more often than the priors say. ValueError unless it is positive
+        and finite.
+        """
+        drawn = list(grids)
+        for k in range(len(drawn), len(self.weights.grids)):
+            drawn.append(walk.sample(self._setting(k, level, size, drawn), generator, temperature))
+        return drawn
+
+    def _all(self, parts: Container) -> Sequence[bytes]:
+        if len(parts.grids) != len(self.weights.grids):
+            found, expected = len(parts.grids), len(self.weights.grids)
+            raise DamagedError(f"{found} grids, the model has {expected} grids: the file is damaged")
+        return parts.grids
+
+    def _setting(
+        self, k: int, level: int, size: tuple[int, int], grids: Sequence[Grid], tell: "Counter | None" = None
+    ) -> Setting:
+        if (k, level) not in self._priors:  # kept: making one ready takes as long as a small picture
+            self._priors[k, level] = Prior(self.weights, k, level)
+        counting = tell.count if tell else None
+        if tell:
+            tell.groups = self.weights.grids[k].groups
+        coarser = np.ascontiguousarray(grids[k - 1]) if k else None
+        return Setting(self._priors[k, level], self.weights.shape(k, *size), coarser, tell=counting)
+
+
+class Counter:
+    """Tells a progress function which part of an image's indices is coded."""
+
+    def __init__(
+        self, weights: Weights, size: tuple[int, int], progress: Progress | None, grids: int | None = None
+    ) -> None:
+        """size: (height, width) in pixels; grids: how many are coded, None for all."""
+        count = len(weights.grids) if grids is None else grids
+        self.total = sum(weights.grids[k].groups * int(np.prod(weights.shape(k, *size))) for k in range(count))
+        self.progress, self.done, self.groups = progress, 0, 0
+
+    def count(self, cells: int) -> None:
+        """Some cells of the grid in hand, with ``groups`` indices each, are coded."""
+        self.done += cells * self.groups
+        if self.progress is not None:
+            self.progress(self.done / self.total)

@@ -1,0 +1,272 @@
+"""The walk over one grid: what encoder, decoder and sampler do between a file's lanes and a grid's indices.
+
+Cells (i, j) of a wave t = j + 2 i do not depend on each other: everything that a cell's probabilities depend on belongs
+to earlier waves. Within a wave, each thread has the rows of some lanes, and goes to the next wave when all threads have
+done the last one.
+
+Why plain threads, and not numba's: its default layer aborts when two threads of a program enter it at once, OpenMP's
+hangs after a fork. Threads of Python know no such rules. They live for one walk, spend it in compiled code without the
+interpreter's lock, and wait for each other by looking at a number in memory. A thread that looks in vain for some
+microseconds goes to sleep for a while, so that a machine with less cores than threads gets on.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitstream import kernels, rans
+from bitstream.exact import ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, lanes
+from bitstream.kernels import BLOCK, CHUNK, CONDITION_COLUMNS, WAVES, ZERO, Coder, Room, Walk
+from bitstream.prior import Prior, aligned, padded
+
+Grid = NDArray[np.uint16]
+Floats = NDArray[np.float32]
+Tell = Callable[[int], None]
+
+PAUSE = 50e-6  # seconds that a thread sleeps when others are behind
+AT_ONCE = 16  # waves between two reports
+INTERVALS = 2**14  # of a lane, in the memory of the kernel, or more where a wave has more
+
+
+class Setting(NamedTuple):
+    """What all walks have in common. coarser: indices (M, h / 2, w / 2) of the next coarser grid, if there is one;
+    bits: (M, h, w), gets the bits of each index; tell: called with numbers of cells that are done; threads: at most."""
+
+    prior: Prior
+    shape: tuple[int, int]
+    coarser: Grid | None = None
+    bits: Floats | None = None
+    tell: Tell | None = None
+    threads: int | None = None
+
+
+def decode(setting: Setting, payload: bytes) -> Grid:
+    """The indices (M, h, w) of a payload. Raises DamagedError."""
+    words, bounds = rans.split(payload, lanes(setting.shape[0]))
+    coder = _reading(words, bounds)
+    grid = _fill(setting, coder, [])
+    rans.finish([int(x) for x in coder.state[:, 0]], [int(end - first) for end, first in coder.place[:, :2]])
+    return grid
+
+
+def encode(setting: Setting, latents: Floats, rate_weight: float) -> tuple[Grid, bytes]:
+    """The indices (M, h, w) of least |z - e|^2 + rate_weight * bits for latents z (h, w, M d), and their payload.
+
+    ValueError for latents that are not finite.
+    """
+    grid, streams = setting.prior.grid, lanes(setting.shape[0])
+    if latents.shape != (*setting.shape, grid.depth) or not np.isfinite(latents).all():
+        raise ValueError(f"latents must be finite, (h, w, M d) = {(*setting.shape, grid.depth)}, not {latents.shape}")
+    most = -(-_most(setting.shape) // streams) * grid.groups * (2 + grid.dim)
+    coder = Coder(
+        encode=True,
+        state=aligned((streams, 8), np.uint64),
+        place=aligned((streams, 8), np.int64),
+        words=np.zeros(0, np.uint32),
+        intervals=np.empty((streams, 2, max(most, INTERVALS)), np.int32),
+        latents=np.ascontiguousarray(latents, np.float32),
+        rate_weight=float(rate_weight),
+        temperature=1.0,
+    )
+    encoders = [rans.Encoder() for _ in range(streams)]
+    found = _fill(setting, coder, encoders)
+    return found, rans.join([encoder.finish() for encoder in encoders])
+
+
+def sample(setting: Setting, generator: np.random.Generator, temperature: float = 1.0) -> Grid:
+    """Indices (M, h, w) drawn from the prior: a decoder of random words does that.
+
+    temperature: logits are divided by it, so that below 1 the likely indices come more often. ValueError unless it is
+    positive and finite.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"the temperature must be positive and finite, not {temperature}")
+    (h, w), streams = setting.shape, lanes(setting.shape[0])
+    # One word for each index: on average it takes a few bits at most, 9 of 32 if all of a group's codes are alike.
+    each = -(-h // streams) * w * setting.prior.grid.groups + 2
+    words = generator.integers(1, 2**32, streams * each, np.uint32)
+    return _fill(setting, _reading(words, np.arange(streams + 1) * each, temperature), [])
+
+
+def _reading(words: NDArray[np.uint32], bounds: NDArray[np.int64], temperature: float = 1.0) -> Coder:
+    """A decoder of lanes: the words of lane n from bounds[n] to bounds[n + 1]."""
+    streams = len(bounds) - 1
+    place = aligned((streams, 8), np.int64)
+    place[:, 0], place[:, 1] = bounds[1:], bounds[:-1]
+    return Coder(
+        encode=False,
+        state=aligned((streams, 8), np.uint64),
+        place=place,
+        words=words,
+        intervals=np.empty((streams, 2, 0), np.int32),
+        latents=np.empty((0, 0, 0), np.float32),
+        rate_weight=0.0,
+        temperature=float(temperature),
+    )
+
+
+def cores() -> int:
+    """Threads that a walk may use: the cores that this process may run on, fewer if OMP_NUM_THREADS says so."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(count, int(wanted))) if wanted.isdecimal() else count
+
+
+def _most(shape: tuple[int, int]) -> int:
+    """Cells of the largest wave."""
+    return min(shape[0], (shape[1] + 1) // 2)
+
+
+def _fill(setting: Setting, coder: Coder, encoders: Sequence[rans.Encoder]) -> Grid:
+    """The one loop behind encoding, decoding and sampling: fills a grid (M, h, w), wave by wave."""
+    prior, (h, w) = setting.prior, setting.shape
+    model, streams = prior.model, len(coder.place)
+    with _Team(min(streams, setting.threads or cores())) as team:
+        walk = _walk(setting, team.size)
+        rooms = [_room(model) for _ in range(team.size)]
+
+        def conditions(part: int) -> None:
+            for down, right in blocks[part :: team.size]:
+                kernels.condition(prior.condition, setting.coarser, prior.coarser, down, right, walk.condition)
+
+        def waves(part: int) -> None:
+            t = first
+            while t < last and not team.failed:
+                reached = kernels.run(prior.net, model, walk, rooms[part], coder, part, t, min(t + AT_ONCE, last))
+                for lane in range(part, streams, team.size) if coder.encode else ():
+                    encoders[lane].push(*coder.intervals[lane, :, : coder.place[lane, 2]])
+                    coder.place[lane, 2] = 0
+                if reached == t:
+                    time.sleep(PAUSE)
+                elif part == 0 and setting.tell:
+                    setting.tell(sum(_cells(setting.shape, wave) for wave in range(t, reached)))
+                t = reached
+
+        # The waves that cross a block begin and end with multiples of BLOCK: a block is computed when the first one
+        # comes, and its place is free when the last one has gone.
+        for first in range(0, w + 2 * (h - 1), BLOCK):
+            last = min(first + BLOCK, w + 2 * (h - 1))
+            if prior.condition is not None:
+                blocks = list(_blocks(setting.shape, first // BLOCK))
+                team.run(conditions)
+            team.run(waves)
+    return walk.grid
+
+
+def _cells(shape: tuple[int, int], t: int) -> int:
+    """Cells of a wave."""
+    h, w = shape
+    return max(0, min(h - 1, t // 2) - max(0, (t - w + 2) // 2) + 1)
+
+
+def _blocks(shape: tuple[int, int], number: int) -> Iterator[tuple[int, int]]:
+    """Blocks whose first wave is number * BLOCK."""
+    for down in range(-(-shape[0] // BLOCK)):
+        if 0 <= (right := number - 2 * down) < -(-shape[1] // BLOCK):
+            yield down, right
+
+
+def _walk(setting: Setting, parts: int) -> Walk:
+    model, (h, w) = setting.prior.model, setting.shape
+    rows = _most(setting.shape) + 1  # with the row above the wave
+    conditioned = h if setting.prior.condition is not None else 0
+    ring = (rows + ATTENTION_ROWS - 1 if model.heads else 0, ATTENTION_WAVES, model.attention)
+    bits = np.zeros((0, 0, 0), np.float32) if setting.bits is None else setting.bits
+    return Walk(
+        height=h,
+        width=w,
+        published=aligned((parts, 8), np.int64),
+        condition=aligned((conditioned, min(w, CONDITION_COLUMNS), model.channels), np.int16),
+        code_ring=np.full((WAVES, rows, model.codes), ZERO, np.uint8),
+        rings=np.full((model.blocks, WAVES, rows, model.channels), ZERO, np.uint8),
+        keys=np.zeros(ring, np.int8),
+        values=np.zeros(ring, np.int8),
+        grid=np.zeros((model.groups, h, w), np.uint16),
+        bits=bits,
+    )
+
+
+def _room(model: kernels.Model) -> Room:
+    m, d, c, codes, attention = model.groups, model.dim, model.channels, model.codes, model.attention
+    units, window = m * model.flags, ATTENTION_ROWS * ATTENTION_WAVES
+
+    def rows(width: int, dtype: type, count: int = CHUNK) -> NDArray[np.generic]:
+        return aligned((count, width), dtype)
+
+    return Room(
+        taps=rows(max(len(CAUSAL) * codes, (1 + len(CAUSAL)) * c, 2 * attention), np.uint8),
+        narrow=rows(max(c, attention), np.uint8),
+        known=rows(c + codes, np.uint8),
+        seen=rows(c + codes, np.uint8),
+        sums=rows(max(2 * c, 2 * attention), np.int32),
+        units=rows(units, np.int32),
+        stream=rows(c, np.int32),
+        query=rows(attention, np.int8),
+        score=np.zeros(window, np.int32),
+        place=np.zeros((window, 2), np.int32),
+        weighted=np.zeros(model.head_channels, np.int64),
+        flag=rows(padded(m), np.int32, 1),
+        unit=rows(model.flags, np.uint8, 1),
+        hidden=rows(model.hidden, np.uint8, 1),
+        hidden_sums=rows(model.hidden, np.int32, 1),
+        logits=rows(padded(model.outcomes), np.int32, 1),
+        frequencies=np.zeros(model.outcomes, np.int32),
+        distance=np.zeros(model.vectors.shape[2], np.float32),
+        code=np.full((1, padded(2 * d)), ZERO, np.uint8),
+        entry=np.zeros(d, np.int64),
+    )
+
+
+class _Team:
+    """This thread and others, as many as can be had, that do the parts of a task at the same time.
+
+    ``failed`` is set when one of them raises: the others look at it and stop, lest they wait for it for ever.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.failed = False
+        self.size = 1 << size.bit_length() - 1  # divides the number of lanes, as both are powers of two
+        self.pool = ThreadPoolExecutor(self.size - 1) if self.size > 1 else None
+
+    def __enter__(self) -> "_Team":
+        if self.pool:
+            together = threading.Barrier(self.size)
+            try:
+                for _ in range(self.size - 1):
+                    self.pool.submit(together.wait)
+                together.wait()
+            except RuntimeError:  # too many threads, no threads at all, or the program ends: then alone
+                together.abort()
+                self.pool.shutdown()
+                self.size, self.pool = 1, None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool:
+            self.pool.shutdown()
+
+    def run(self, task: Callable[[int], None]) -> None:
+        """task(part) for each part; the first of their exceptions is raised when all have come to an end."""
+
+        def guarded(part: int) -> None:
+            try:
+                task(part)
+            except BaseException:
+                self.failed = True
+                raise
+
+        others = [self.pool.submit(guarded, part) for part in range(1, self.size)] if self.pool else []
+        try:
+            guarded(0)
+        finally:
+            errors = [other.exception() for other in others]
+        for error in errors:
+            if error:
+                raise error
