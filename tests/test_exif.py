@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqcodec import exif
-from vqcodec.image import from_array, read, stripped
+from vqcodec.image import from_array, from_pil, read, stripped
 from vqcodec.output import save
 
 MAKER_NOTE = b"MN\0" + bytes(range(200))
@@ -153,6 +153,13 @@ def test_a_tiff_gives_its_exif_with_all_that_hangs_on_it(e: str) -> None:
     assert fields[271].data == b"a camera\0" and not fields.keys() & FACTS.keys()
     assert fields[282].data == b"odd\0", "an odd value is nobody's business"
     assert details[0x927C].data == MAKER_NOTE and interop[1].data == b"R98\0" and len(gps) == 3
+
+
+def test_a_tiff_that_is_loaded_already_gives_no_facts_of_its_file_either() -> None:
+    with Image.open(io.BytesIO(tiff(grey_tags(4, 4) | {271: (2, b"a camera\0")}, bytes(16)))) as opened:
+        opened.load()
+        found = from_pil(opened).exif
+    assert found and set(exif.directory(found, exif.first(found))[0]) == {271}
 
 
 def test_the_exif_of_a_bigtiff_is_read() -> None:

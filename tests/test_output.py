@@ -9,7 +9,8 @@ from PIL import Image, ImageCms, JpegImagePlugin
 from bitstream.container import ColourMode
 from bitstream.errors import ImageError
 from vqcodec import output
-from vqcodec.image import Picture, flattened, from_array, read, stripped
+from vqcodec.alpha import flattened
+from vqcodec.image import Picture, from_array, read, stripped
 from vqcodec.output import Options, save
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -107,6 +108,20 @@ def test_colours_stay_where_the_format_cannot_hold_their_profile() -> None:
     again = read(file.getvalue())
     assert again.icc is None
     np.testing.assert_array_equal(again.pixels, stripped(picture).pixels)
+
+
+@pytest.mark.parametrize("xmp", [None, b"<x:xmpmeta/>", b'<x:xmpmeta tiff:Orientation="3"/>'])
+def test_a_picture_is_upright_where_the_format_cannot_hold_its_exif(xmp: bytes | None) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    picture = from_array(np.asarray(smooth(3).pixels))
+    picture.exif, picture.xmp = tags.tobytes().removeprefix(b"Exif\0\0") + bytes(70_000), xmp
+    file = io.BytesIO()
+    (note,) = save(picture, file, "jpeg")
+    assert note.startswith("JPEG cannot hold the EXIF data")
+    again = read(file.getvalue())
+    assert again.exif is None and again.xmp == (None if xmp and b"tiff" in xmp else xmp)
+    assert np.abs(again.pixels.astype(int) - np.rot90(picture.pixels, -1)).max() <= 12
 
 
 def test_every_output_is_read_again_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The Pillow plugin, in the manner of Pillow's own tests of its formats."""
 
+import dataclasses
 import importlib
 import io
 import subprocess
@@ -96,6 +97,14 @@ def test_metadata_is_kept_replaced_or_left_out() -> None:
     assert not (stripped.icc or stripped.exif or stripped.xmp)
     assert changed.icc is None and changed.xmp == kept.xmp
     assert changed.exif is not None and b"new description" in changed.exif
+
+
+def test_exif_that_is_none_is_dropped_with_a_warning() -> None:
+    parts = container.unpack((FILES / "metadata.vq2").read_bytes())
+    forged = container.pack(dataclasses.replace(parts, exif=b"no EXIF"))
+    with pytest.warns(UserWarning, match="EXIF data is damaged") as caught, Image.open(io.BytesIO(forged)) as image:
+        assert "exif" not in image.info and image.info["xmp"] == parts.xmp
+    assert caught[0].filename == __file__
 
 
 def test_what_cannot_be_kept_is_a_warning() -> None:

@@ -15,7 +15,8 @@ from PIL.PngImagePlugin import PngImageFile
 
 from bitstream.container import ColourMode
 from bitstream.errors import ImageError
-from vqcodec.image import from_array, from_pil, prepared, read, stripped
+from vqcodec.alpha import prepared
+from vqcodec.image import from_array, from_pil, read, stripped
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RAMP = np.tile(np.linspace(0, 1, 64), (16, 1))
@@ -283,6 +284,14 @@ def test_the_colour_space_of_exif_is_kept(space: int, interop: str | None, icc: 
     assert bool(picture.icc) == icc and picture.notes == []
     expected = (0, 201, 37) if icc else (60, 200, 60)  # Adobe RGB's green is out of sRGB
     np.testing.assert_allclose(lit(picture)[8, 8], expected, atol=5)
+
+
+def test_exif_speaks_for_a_png_that_says_nothing_itself() -> None:
+    tags = Image.Exif()
+    tags[0x8769] = {0xA001: 2}
+    exif = chunk(b"eXIf", tags.tobytes().removeprefix(b"Exif\0\0"))
+    assert read(png(RGB, exif)).icc
+    assert read(png(RGB, exif + chunk(b"sRGB", b"\0"))).icc is None
 
 
 def test_exif_that_says_only_that_it_is_not_srgb_is_noted() -> None:

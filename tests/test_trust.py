@@ -17,8 +17,9 @@ from tiny_model import GOLDEN, WEIGHTS
 from bitstream import container, rans
 from bitstream.container import ColourMode, Container, Header
 from bitstream.errors import BitstreamError, WeightsError
+from vqcodec.alpha import prepared
 from vqcodec.codec import Codec
-from vqcodec.image import Picture, prepared
+from vqcodec.image import Picture
 from vqcodec.weights import load_weights
 
 HERE = Path(__file__).parent

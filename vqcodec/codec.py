@@ -1,13 +1,9 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
-import inspect
-import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +18,7 @@ from bitstream.indices import Counter, IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
+from vqcodec.alpha import prepared
 from vqcodec.image import (
     Picture,
     Source,
@@ -29,11 +26,8 @@ from vqcodec.image import (
     bounded_icc,
     checked_exif,
     contents,
-    from_array,
-    from_pil,
     pack_alpha,
-    prepared,
-    read,
+    picture_of,
     stripped,
     to_pil,
     unpack_alpha,
@@ -103,11 +97,11 @@ class Codec:
         and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
         are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
-        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept; whatever else is
-        lost of an image is a warning.
+        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
-        return PictureEncoder(self, _picture(image, strip), effort).encode(quality, progress)
+        picture = picture_of(image)
+        return PictureEncoder(self, stripped(picture, strip), effort).encode(quality, progress)
 
     def decode(
         self,
@@ -128,9 +122,7 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
         """
-        picture = self.decode_picture(contents(data), max_pixels, progress, preview)
-        _warn(picture.notes)
-        return to_pil(picture)
+        return to_pil(self.decode_picture(contents(data), max_pixels, progress, preview))
 
     def decode_picture(
         self,
@@ -180,7 +172,8 @@ class Codec:
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
         strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
-        encoder = PictureEncoder(self, _picture(image, strip), effort)
+        picture = picture_of(image)
+        encoder = PictureEncoder(self, stripped(picture, strip), effort)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)
@@ -247,31 +240,6 @@ class Codec:
     ) -> list[Tensor]:
         config = self.model.config
         return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
-
-
-def _picture(image: Any, strip: Strip) -> Picture:
-    """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
-    known = 0
-    if isinstance(image, Picture):
-        picture, known = image, len(image.notes)
-    elif isinstance(image, Image.Image):
-        picture = from_pil(image)
-    elif isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
-        picture = read(image)
-    else:
-        picture = from_array(np.asarray(image))
-    picture = stripped(picture, strip)
-    _warn(picture.notes[known:])
-    return picture
-
-
-def _warn(notes: Sequence[str]) -> None:
-    """A warning for each note, in the line that called this package."""
-    depth, frame = 1, inspect.currentframe()
-    while frame and Path(frame.f_code.co_filename).parent == Path(__file__).parent:
-        depth, frame = depth + 1, frame.f_back
-    for note in notes:
-        warnings.warn(note, stacklevel=depth)
 
 
 class PictureEncoder:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, over_limit
@@ -141,7 +141,8 @@ def _from_file(image: Image.Image, data: bytes) -> Picture:
         frames = getattr(image, "n_frames", 1) if image.format != "PSD" else 1  # PSD: layers of one picture
         if image.format == "TIFF" and data.startswith(source.TIFF_MAGIC):
             source.refuse_other_kinds(data)
-            page, frames = source.full_page(data)
+            page, chained = source.full_page(data)
+            frames = chained or frames
             if image.tell() == 0 and page:
                 image.seek(page)
         depth, key = source.depth(image, data), source.transparent_grey(image)  # loading hides them
@@ -197,6 +198,20 @@ def from_array(array: NDArray[Any]) -> Picture:
     return _from_bands(array)
 
 
+def picture_of(image: "Image.Image | ArrayLike | Picture | Source") -> Picture:
+    """Whatever may be meant by an image: one of Pillow, an array, a picture file, or a Picture, which stays the same.
+
+    Errors: as in `from_pil`, `from_array` and `read`.
+    """
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        return read(image)  # type: ignore[arg-type]
+    return from_array(np.asarray(image))
+
+
 def _from_bands(bands: Bytes) -> Picture:
     """(H, W) or (H, W, C): grey, grey and alpha, RGB, or RGB and alpha."""
     bands = bands.reshape(*bands.shape[:2], -1)
@@ -218,12 +233,14 @@ def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.
         load()
         for format in formats or Image.ID:
             factory, accept = Image.OPEN.get(format, (None, None))
+            alike = False
             try:
-                if factory and (accept is None or accept(prefix) is True):
+                alike = accept is not None and accept(prefix) is True
+                if factory and (alike or accept is None):
                     file.seek(0)
                     return factory(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:  # not this format: Pillow's convention
-                if accept is not None:
+                if alike:
                     reason = f"it begins like {format} and is damaged, or of a kind that cannot be read ({error})"
     raise UnidentifiedImageError(reason)
 
@@ -469,7 +486,9 @@ def _exif(image: Image.Image, data: bytes, notes: list[str]) -> bytes | None:
         if exif is None and data.startswith(source.TIFF_MAGIC) and hasattr(image, "tag_v2"):
             return exif_block.from_tiff(data, image.tag_v2.offset)
         if exif is None and (hasattr(image, "tag_v2") or "Raw profile type exif" in image.info):
-            exif = image.getexif().tobytes() or None
+            exif = image.getexif().tobytes().removeprefix(EXIF_PREFIX)
+            if hasattr(image, "tag_v2"):
+                exif = exif_block.from_tiff(exif, exif_block.first(exif))
     except Exception:
         exif = b"broken"
     return with_resolution(checked_exif(exif, notes), image.info)
@@ -521,55 +540,6 @@ def info_of(picture: Picture) -> dict[str, bytes]:
 
 
 # --- alpha ---
-
-
-def prepared(picture: Picture) -> Picture:
-    """The picture as it is coded: without an alpha that is opaque everywhere, and with smooth colours where nothing is
-    visible. What was there costs bytes, and its owner may think that it is erased. May share memory."""
-    picture = without_opaque_alpha(picture)
-    if picture.alpha is None or picture.alpha.all():
-        return picture
-    return replace(picture, pixels=_filled(picture.pixels, picture.alpha > 0))
-
-
-def without_opaque_alpha(picture: Picture) -> Picture:
-    if picture.alpha is None or not np.all(picture.alpha == 255):
-        return picture
-    return replace(picture, colour=picture.colour.opaque, alpha=None)
-
-
-def _filled(pixels: Bytes, visible: NDArray[np.bool_]) -> Bytes:
-    """Pixels (H, W, 3) that go on smoothly where they are not visible (H, W): each takes the mean of what is visible
-    around it, of the smallest square of a power of two that has any (pull-push, Gortler and others 1996)."""
-    weight = visible[..., None].astype(np.float32)
-    sums = [(pixels * weight, weight)]
-    while max(sums[-1][1].shape[:2]) > 1:
-        sums.append((_halved(sums[-1][0]), _halved(sums[-1][1])))
-    coarse = np.zeros((1, 1, 3), np.float32)
-    for total, weight in reversed(sums):
-        height, width = weight.shape[:2]
-        planes = [Image.fromarray(coarse[..., k]).resize((2 * coarse.shape[1], 2 * coarse.shape[0])) for k in range(3)]
-        finer = np.stack([np.asarray(plane) for plane in planes], 2)[:height, :width]
-        coarse = np.where(weight > 0, total / np.maximum(weight, 1), finer)
-    return np.where(visible[..., None], pixels, np.clip(np.rint(coarse), 0, 255).astype(np.uint8))
-
-
-def _halved(sums: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(H, W, C) -> (ceil(H / 2), ceil(W / 2), C): of squares of 2 x 2."""
-    padded = np.pad(sums, ((0, sums.shape[0] % 2), (0, sums.shape[1] % 2), (0, 0)))
-    return padded[::2, ::2] + padded[1::2, ::2] + padded[::2, 1::2] + padded[1::2, 1::2]
-
-
-def flattened(picture: Picture, background: Rgb) -> Picture:
-    """The picture on a background, without alpha; the same picture if it has none."""
-    if picture.alpha is None:
-        return picture
-    alpha, colour = picture.alpha[..., None].astype(np.uint16), picture.colour.opaque
-    if colour == ColourMode.GREY and len(set(background)) > 1:
-        picture, colour = in_srgb(picture), ColourMode.RGB
-    behind = (255 - alpha) * np.array(background, np.uint16)
-    pixels = ((picture.pixels * alpha + behind + 127) // 255).astype(np.uint8)
-    return replace(picture, pixels=pixels, colour=colour, alpha=None)
 
 
 def pack_alpha(alpha: Bytes) -> bytes:

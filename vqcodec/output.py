@@ -12,12 +12,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from bitstream.errors import ImageError
 from vqcodec import exif as exif_block
+from vqcodec.alpha import flattened, without_opaque_alpha
 from vqcodec.files import write_atomically
 from vqcodec.image import (
     EXIF_PREFIX,
     Picture,
     Rgb,
-    flattened,
     from_array,
     in_srgb,
     info_of,
@@ -25,7 +25,6 @@ from vqcodec.image import (
     orientation,
     stripped,
     to_pil,
-    without_opaque_alpha,
 )
 
 _FORMATS = {
@@ -149,12 +148,21 @@ def _fitting(picture: Picture, name: str) -> Picture:
         try:
             _encoded(dot, name, {})
         except ImageError:
-            if kind == "icc":
-                fits = in_srgb(fits)
-            else:
-                setattr(fits, kind, None)
+            fits = in_srgb(fits) if kind == "icc" else _without(fits, kind)
             fits.notes.append(f"{name} cannot hold the {kind.upper()} data of {len(content):,} bytes: it was left out")
     return fits
+
+
+def _without(picture: Picture, kind: str) -> Picture:
+    """The picture without its "exif" or "xmp", turned if that said so."""
+    left = replace(picture)
+    setattr(left, kind, None)
+    if orientation(left) == orientation(picture):
+        return left
+    upright = stripped(picture, "keep-icc")
+    if orientation(left) == 1:  # else it would be turned once more
+        upright.exif, upright.xmp = left.exif, left.xmp
+    return upright
 
 
 def _encoded(picture: Picture, name: str, arguments: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import BitstreamError, DamagedError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
-from vqcodec.image import EXIF_PREFIX, from_pil
+from vqcodec.image import EXIF_PREFIX, checked_exif, from_pil
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
 DRAFT = 4  # a preview holds about this fraction of the detail
@@ -54,7 +54,11 @@ class Vq2ImageFile(ImageFile.ImageFile):
         self._mode = MODES[(header.colour.opaque if preview else header.colour).shown]
         self._size = header.width, header.height
         if not preview:
-            exif = parts.exif and EXIF_PREFIX + parts.exif
+            notes: list[str] = []
+            exif = checked_exif(parts.exif, notes)
+            for note in notes:
+                warnings.warn(note, stacklevel=5)  # the caller of Image.open
+            exif = exif and EXIF_PREFIX + exif
             found = {"icc_profile": parts.icc, "exif": exif, "xmp": parts.xmp}
             self.info.update({name: value for name, value in found.items() if value})
         self._drafted = False

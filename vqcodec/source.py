@@ -61,14 +61,15 @@ def _is_raw_tiff(data: bytes) -> bool:
 
 
 def full_page(data: bytes) -> tuple[int, int]:
-    """The first page of a TIFF file that is not a reduced copy of another one, and how many such pages there are.
+    """The first page of a TIFF file that is not a reduced copy of another one, and how many such pages there are, 0 if
+    nobody can tell.
 
     Errors: ImageError if it stands where Pillow cannot read it.
     """
     try:
         pages = list(exif_block.pages(data))
     except ValueError:
-        return 0, 1
+        return 0, 0
     chain = [number for number, page in enumerate(p for p, chained in pages if chained) if not _is_reduced(data, page)]
     if chain:
         return chain[0], len(chain)
@@ -173,11 +174,13 @@ def space(image: Image.Image, data: bytes, exif: bytes | None) -> tuple[Space | 
 
 
 def _png_space(data: bytes) -> tuple[Space | None, tuple[int, int] | None]:
-    """By cHRM and gAMA, and the codes of cICP, which go before sRGB, and that before the others."""
+    """By cHRM and gAMA, and the codes of cICP, which go before sRGB, and that before the others; None without any."""
     known = {kind: content for kind, content, _ in png_chunks(data) if kind in (b"cICP", b"sRGB", b"gAMA", b"cHRM")}
     if len(known.get(b"cICP", b"")) >= 2:
         return None, (known[b"cICP"][0], known[b"cICP"][1])
     if b"sRGB" in known:
+        return Space(), None
+    if not known:
         return None, None
     curve: float | str = SRGB_CURVE
     chromaticities: tuple[float, ...] = BT709

@@ -19,8 +19,9 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent)]
 
 from bitstream.container import ColourMode  # noqa: E402
+from vqcodec.alpha import prepared  # noqa: E402
 from vqcodec.codec import Codec  # noqa: E402
-from vqcodec.image import Picture, prepared, read  # noqa: E402
+from vqcodec.image import Picture, read  # noqa: E402
 
 ALLOWED_GROWTH = 16  # MB, from the first half to the last eighth: until then caches fill
 
