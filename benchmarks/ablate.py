@@ -19,11 +19,12 @@ from torch import Tensor
 from benchmarks import corpus, machine
 from benchmarks.corpus import Bytes
 from benchmarks.metrics import Curve, bd_rate, bits_per_pixel, psnr, relative_size
+from bitstream.exact import ESCAPE_BITS
 from vqcodec import DEFAULT_EFFORT, Codec
 from vqcodec.codec import PictureEncoder
 from vqcodec.image import from_array
 from vqcodec.models import dyadic
-from vqcodec.models.pixelsnail import PixelSNAIL
+from vqcodec.models.pixelsnail import PixelSNAIL, rows_of, take
 from vqcodec.models.quantizer import code_length
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import load_weights
@@ -83,7 +84,11 @@ def run(
     bits: dict[tuple[float, int], defaultdict[str, float]] = {
         (q, k): defaultdict(float) for q in levels for k in range(len(model.priors))
     }
-    counts = {(q, k): np.zeros((g.groups, g.codes), np.int64) for q in levels for k, g in enumerate(model.config.grids)}
+    counts = {
+        (q, k): np.zeros((g.groups, 1 + g.codes + g.escape), np.int64)
+        for q in levels
+        for k, g in enumerate(model.config.grids)
+    }
     points: dict[tuple[str, float], list[Point]] = defaultdict(list)
     skipped: dict[str, str] = {}
     images, pixels = 0, 0
@@ -95,11 +100,12 @@ def run(
             for choice, (used_codec, effort) in encoders.items():
                 encoder = PictureEncoder(used_codec, from_array(picture), effort)
                 points[choice, quality].append(_point(encoder, picture, quality, codec.level_for(quality)))
-                grids[choice] = encoder.grids
+                grids[choice] = [torch.from_numpy(grid.astype(np.int64))[None] for grid in encoder.grids]
             chosen = grids[REFERENCE]
             level = torch.tensor([codec.level_for(quality)[0]])
             for k in range(len(chosen)):
-                used = usage(chosen[k], model.config.grids[k].codes)
+                book = model.codebooks[k]
+                used = usage(book.outcome(chosen[k]), 1 + book.outcomes)
                 counts[quality, k] += used
                 found = bits[quality, k]
                 found["adaptive order 0"] += adaptive_bits(used)
@@ -201,7 +207,7 @@ def _choices(
 
 
 def usage(grid: Tensor, codes: int) -> Any:
-    """How often each code is used: grid (1, M, h, w) -> (M, K)."""
+    """How often null and each outcome is used: (1, M, h, w) -> (M, codes)."""
     return np.stack([np.bincount(group.flatten().numpy(), minlength=codes) for group in grid[0]])
 
 
@@ -251,16 +257,20 @@ def prior_bits(
     model: VQVAE, k: int, grids: Sequence[Tensor], level: Tensor, *, conditioned: bool = True, exact: bool = True
 ) -> float:
     """Bits of grid k by a model's prior. exact: by its integer tables, as in a file; otherwise by its logits."""
-    book, index = model.codebooks[k], grids[k].long()
+    book, prior, index = model.codebooks[k], model.priors[k], grids[k][0].flatten(1)
     condition = model.condition(k, grids[k - 1], level) if k and conditioned else None
-    logits = model.priors[k](book.lookup(index, book.activations()), level, condition)
-    total = 0.0
-    for g, row in enumerate(logits):
+    flags, known = prior(book.activations(book.lookup(index), 1, *grids[k].shape[2:]), level, condition)
+    outcome = book.outcome(index)
+    rows = rows_of(outcome > 0)
+    of_outcomes = prior.logits(known, level, rows), take(outcome.flatten(), rows.place) - 1
+    of_flags = torch.stack([torch.zeros_like(flags), flags], -1), (outcome > 0).long()
+    total = float((outcome > book.codes).sum()) * book.dim * ESCAPE_BITS
+    for logits, symbol in (of_flags, of_outcomes):
         if exact:
-            chosen = dyadic.frequencies(row).gather(-1, index[:, g, ..., None])
+            chosen = dyadic.frequencies(logits).gather(-1, symbol[..., None])
             total += float((dyadic.TABLE_BITS - chosen.double().log2()).sum())
         else:
-            total += float(code_length(row, index[:, g]).double().sum())
+            total += float(code_length(logits, symbol).double().sum())
     return total
 
 
