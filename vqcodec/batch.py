@@ -1,7 +1,8 @@
 """The work on one file after another, from bytes to bytes, in this process or in several, and the tally of it.
 
-Why processes and not threads: what surrounds networks and walk, Pillow and NumPy, keeps no more than one core busy, and
-a process that dies takes no other file with it. Forked processes share the memory of the model they find at their start.
+Why processes and not threads: what surrounds networks and walk, Pillow and NumPy, keeps no more than one core busy,
+and a process that dies takes no other file with it. Forked processes share the memory of the model that they find when
+they start.
 """
 
 import multiprocessing
