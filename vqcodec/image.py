@@ -237,12 +237,14 @@ def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.
         load()
         for format in formats or Image.ID:
             factory, accept = Image.OPEN.get(format, (None, None))
+            accepted = False
             try:
-                if factory and (accept is None or accept(prefix) is True):
+                accepted = accept is not None and accept(prefix) is True
+                if factory and (accepted or accept is None):
                     file.seek(0)
                     return factory(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:  # not this format: Pillow's convention
-                if accept is not None:
+                if accepted:
                     reason = f"it begins like {format} and is damaged, or of a kind that cannot be read ({error})"
     raise UnidentifiedImageError(reason)
 
