@@ -169,7 +169,7 @@ def _from_file(image: Image.Image, data: bytes) -> Picture:
             image = image.copy()
             image.info["transparency"] = key
         picture = _from_bands(np.array(_plain(image, depth == 16, notes)))
-    if depth > 8:
+    if depth == 16:
         notes += _faint(int(picture.pixels.max()) * 257, 65535)
     icc = _matching(icc, picture.colour, notes)
     return replace(picture, icc=icc, exif=exif, xmp=xmp, notes=notes)
