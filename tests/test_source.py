@@ -105,6 +105,13 @@ def test_a_format_without_its_decoder_is_named(data: bytes, words: str, monkeypa
         read(data + bytes(100))
 
 
+def test_a_file_that_begins_like_a_picture_is_called_that_and_a_few_letters_are_not() -> None:
+    with pytest.raises(ImageError, match="begins like PNG and is damaged, or of a kind that cannot be read"):
+        read(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    with pytest.raises(ImageError, match="not an image, or not in a format that Pillow reads"):
+        read(b"bad")
+
+
 def test_a_vq2_file_is_not_called_damaged_or_foreign() -> None:
     golden = next((Path(__file__).parent / "golden" / "decode").glob("*.vq2"))
     with pytest.raises(ImageError, match="is a .vq2 file already: decode it"):

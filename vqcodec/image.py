@@ -165,7 +165,7 @@ def _from_file(image: Image.Image, data: bytes) -> Picture:
             image = image.copy()
             image.info["transparency"] = key
         picture = _from_bands(np.array(_plain(image, depth == 16, notes)))
-    if depth > 8:
+    if depth == 16:
         notes += _faint(int(picture.pixels.max()) * 257, 65535)
     icc = _matching(icc, picture.colour, notes)
     return replace(picture, icc=icc, exif=exif, xmp=xmp, notes=notes)
@@ -233,14 +233,14 @@ def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.
         load()
         for format in formats or Image.ID:
             factory, accept = Image.OPEN.get(format, (None, None))
-            alike = False
+            accepted = False
             try:
-                alike = accept is not None and accept(prefix) is True
-                if factory and (alike or accept is None):
+                accepted = accept is not None and accept(prefix) is True
+                if factory and (accepted or accept is None):
                     file.seek(0)
                     return factory(file, "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:  # not this format: Pillow's convention
-                if alike:
+                if accepted:
                     reason = f"it begins like {format} and is damaged, or of a kind that cannot be read ({error})"
     raise UnidentifiedImageError(reason)
 
