@@ -1,6 +1,7 @@
 """Time and memory: encode and decode by stage, the rivals beside it, and the whole command line."""
 
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -162,7 +163,14 @@ def run(
                 speed = {"megapixels_per_second": megapixels / row["seconds"]["total"]}
                 result["rows"].append({"width": width, "height": height, **row, **speed})
             corpus.save_json(output, result)
-        commands = (["info", str(files[1])], ["--help"])
+        given = ["--weights", str(weights)] if weights else []
+        copies = str(files[1].with_suffix(".copy.vq2")), str(files[0].with_suffix(".copy.png"))
+        commands = (
+            ["encode", str(files[0]), "-f", "-o", copies[0], *given],
+            ["decode", str(files[1]), "-f", "-o", copies[1], *given],
+            ["info", str(files[1])],
+            ["--help"],
+        )
         result["process_seconds"] = {command[0]: _command_seconds(command, repeat) for command in commands}
     result["settings"] = settings
     corpus.save_json(output, result)
@@ -191,15 +199,11 @@ def _rows(
     device = codec.device.type
     peaks = [timing.in_new_process(peak_memory, file, weights, device, quality, threads) for file in files]
     pixels, data = np.array(Image.open(files[0])), files[1].read_bytes()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         stages = (
             by_stage(functools.partial(codec.encode, pixels, quality), repeat),
             by_stage(functools.partial(codec.decode, data), repeat),
         )
-    finally:
-        torch.set_num_threads(before)
     decoded, copy = codec.decode(data), files[1].with_suffix(".copy")
     file_seconds = (
         {
@@ -224,6 +228,18 @@ def _rows(
         }
         for k, direction in enumerate(("encode", "decode"))
     ]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """At most so many for networks and walk."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS=str(count)):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rival_rows(name: str, threads: int, costs: dict[str, timing.Cost]) -> list[dict[str, Any]]:
@@ -278,12 +294,12 @@ def fitted(pixels: Bytes, width: int, height: int) -> Bytes:
 
 def peak_memory(file: Path, weights: Path | None, device: str, quality: float, threads: int) -> int:
     """Peak resident bytes of this process, after encoding an image file or decoding a .vq2 file."""
-    torch.set_num_threads(threads)
     codec = Codec.load(weights, device=device)
-    if file.suffix == ".vq2":
-        codec.decode(file.read_bytes())
-    else:
-        codec.encode(Image.open(file), quality)
+    with _threads(threads):
+        if file.suffix == ".vq2":
+            codec.decode(file.read_bytes())
+        else:
+            codec.encode(Image.open(file), quality)
     return timing.peak_bytes()
 
 

@@ -53,8 +53,8 @@ _SIDES = np.array([(0, 0), (0, 1), (1, 0), (1, 1)])
 _LATTICE = ESCAPE_STEP * 4  # one step of an escape's entry, as an activation
 
 _U24, _U32, _MASK24 = np.uint64(24), np.uint64(32), np.uint64(2**24 - 1)
-_LOW_WORD = np.uint64(2**32)
-_ESCAPE_SHIFT = np.uint64(24 - ESCAPE_BITS)
+_START, _LOW_WORD = np.uint64(0), np.uint64(2**32)
+_ESCAPE_SIZE, _ESCAPE_SHIFT = np.int64(1 << TABLE_BITS - ESCAPE_BITS), np.uint64(24 - ESCAPE_BITS)
 
 
 def _flag_table() -> "tuple[np.ndarray, np.ndarray]":
@@ -114,7 +114,7 @@ class _Cache(FunctionCache):
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
-        return (*super()._index_key(signature, codegen), _sources(), config.BOUNDSCHECK)
+        return (*super()._index_key(signature, codegen), _SOURCES, getattr(config, "BOUNDSCHECK", None))
 
 
 def _sources() -> str:
@@ -123,11 +123,15 @@ def _sources() -> str:
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
 
 
+_SOURCES = _sources()  # of what is imported, whatever happens to the files
+
+
 # Places of layers in a ``Network``. Not plain numbers: numba would compile a function for each of them.
 _EMBED, _QUERY, _KEY_VALUE, _ATTENTION_GATE, _BLOCKS = map(np.int64, range(5))
 _NONE, _ONE = np.int64(0), np.int64(1)
 
-# Functions with many arguments are written into the one that calls them before anything is compiled, to save seconds.
+# To save seconds of compiling: a function with many arguments that is called from one place is written into it before
+# anything is compiled; those with few arguments, and with integers of one type, are compiled once for all callers.
 _inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 
@@ -452,7 +456,7 @@ def table(logits, n, frequencies):  # type: ignore[no-untyped-def]
     frequencies[0] += np.int32(TABLE_TOTAL - given)
 
 
-@_inlined
+@function
 def refill(x, words, place):  # type: ignore[no-untyped-def]
     """Section 7: words of the lane, from its end, until the state is large enough or there are no more."""
     while x < _LOW_WORD and place[0] > place[1]:
@@ -461,7 +465,7 @@ def refill(x, words, place):  # type: ignore[no-untyped-def]
     return x
 
 
-@_inlined
+@function
 def narrowed(x, low, size):  # type: ignore[no-untyped-def]
     """The state after a symbol of this interval, in units of 2^-24 (uint64)."""
     return size * (x >> _U24) + (x & _MASK24) - low
@@ -478,42 +482,41 @@ def symbol(x, frequencies, n):  # type: ignore[no-untyped-def]
     return k, low
 
 
-@_inlined
+@function
 def _warmed(logit, temperature):  # type: ignore[no-untyped-def]
     """A logit at a temperature, clipped last."""
     return np.int32(min(max(np.rint(np.float64(logit) / temperature), -LOGIT_MAX), LOGIT_MAX))
 
 
-@_inlined
-def _note(coder, lane, low, size):  # type: ignore[no-untyped-def]
-    """An interval that the encoder is to write. There is room: ``run`` has made sure before the wave."""
-    count = coder.place[lane, 2]
-    coder.intervals[lane, 0, count], coder.intervals[lane, 1, count] = low, size
-    coder.place[lane, 2] = count + 1
+@function
+def _note(intervals, place, low, size):  # type: ignore[no-untyped-def]
+    """An interval that the encoder is to write to a lane. There is room: ``run`` has made sure before the wave."""
+    count = place[2]
+    intervals[0, count], intervals[1, count] = low, size
+    place[2] = count + 1
 
 
-@_inlined
-def _outcomes(net, model, known, room, first, temperature):  # type: ignore[no-untyped-def]
-    """Logits and table of a group that is not null."""
-    logits = room.logits
-    _layer(net, first + 1, known, _ONE, room.hidden_sums)
-    _activate(net, first + 1, room.hidden_sums, _ONE, _NONE, room.hidden)
-    _layer(net, first + 2, room.hidden, _ONE, logits)
+@function
+def _outcomes(net, first, known, sums, hidden, logits, outcomes, temperature, frequencies):  # type: ignore[no-untyped-def]
+    """Logits and frequencies of a group that is not null; its layers are first + 1 and first + 2."""
+    _layer(net, first + 1, known, _ONE, sums)
+    _activate(net, first + 1, sums, _ONE, _NONE, hidden)
+    _layer(net, first + 2, hidden, _ONE, logits)
     _round(net, first + 2, logits, _ONE, logits)
     if temperature != 1.0:
-        for k in range(model.outcomes):
+        for k in range(outcomes):
             logits[0, k] = _warmed(logits[0, k], temperature)
-    table(logits[0], model.outcomes, room.frequencies)
+    table(logits[0], outcomes, frequencies)
 
 
-@_inlined
+@function
 def _lattice(z):  # type: ignore[no-untyped-def]
     """The nearest entry of an escape, 0 .. ESCAPE_SIDE - 1; of two the smaller."""
     near = np.ceil(np.float64(z) / ESCAPE_STEP - 0.5) + ESCAPE_SIDE // 2
     return np.int64(min(max(near, 0.0), np.float64(ESCAPE_SIDE - 1)))
 
 
-@_inlined
+@function
 def _escape_value(a):  # type: ignore[no-untyped-def]
     """The entry's activation."""
     return min(max((a - ESCAPE_SIDE // 2) * _LATTICE, -ACTIVATION_MAX), ACTIVATION_MAX)
@@ -539,7 +542,7 @@ def _distances(z, vectors, out):  # type: ignore[no-untyped-def]
 def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-def]
     """All groups of cell (i, j), whose features are in row r."""
     lane = i % len(coder.place)
-    place, x = coder.place[lane], coder.state[lane, 0]
+    place, intervals, x = coder.place[lane], coder.intervals[lane], coder.state[lane, 0]
     known, units = room.known[r : r + 1], room.units[r : r + 1]
     groups, dim, flags, outcomes = model.groups, model.dim, model.flags, model.outcomes
     codes = model.activations.shape[1] - 1
@@ -547,7 +550,9 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
     out_at, out_bias, _, out_width = net.layers[base + 1]
     unit_shift = net.shift[net.layers[base, 1] : net.layers[base, 1] + groups * flags]
     flag, unit, code, entry = room.flag, room.unit, room.code, room.entry
-    logits, frequencies, distance = room.logits[0], room.frequencies, room.distance
+    sums, hidden, logits = room.hidden_sums, room.hidden, room.logits[0]
+    frequencies, distance = room.frequencies, room.distance
+    temperature = coder.temperature
     for o in range(out_width):
         flag[0, o] = net.bias[out_bias + o]
     for g in range(groups):
@@ -559,9 +564,9 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
         at = out_at + g * flags * out_width
         add_product(unit, _ONE, flags, net.weight, at, out_width, flag, g // 16 * 16)
         s = min(max(flag[0, g] >> net.shift[out_bias + g], -LOGIT_MAX), LOGIT_MAX)
-        if coder.temperature != 1.0:
-            s = _warmed(s, coder.temperature)
-        null = _NULL[s + LOGIT_MAX]
+        if temperature != 1.0:
+            s = _warmed(np.int32(s), temperature)
+        null = np.int64(_NULL[s + LOGIT_MAX])
         index, outcome = 0, 0
         if coder.encode:
             z = coder.latents[i, j, g * dim : g * dim + dim]
@@ -581,33 +586,28 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
                     escaped += weight * ESCAPE_BITS * dim
                     least_cost = min(least_cost, escaped)
                 if best > active + least_cost:
-                    _outcomes(net, model, known, room, first, coder.temperature)
-                    index = _choose(best - active, weight, distance, escaped, model.escape, codes, logits, outcomes)
+                    _outcomes(net, first, known, sums, hidden, room.logits, outcomes, temperature, frequencies)
+                    index = _choose(best - active, weight, distance, escaped, model.escape, codes, logits)
                     outcome = index - 1
             if index == 0:
-                _note(coder, lane, 0, null)
+                _note(intervals, place, _NONE, null)
             else:
-                _note(coder, lane, null, TABLE_TOTAL - null)
-                low = np.int32(0)
+                _note(intervals, place, null, TABLE_TOTAL - null)
+                before = _NONE
                 for k in range(outcome):
-                    low += frequencies[k]
-                _note(coder, lane, low, frequencies[outcome])
+                    before += frequencies[k]
+                _note(intervals, place, before, np.int64(frequencies[outcome]))
                 if outcome == codes:
                     for c in range(dim):
-                        _note(
-                            coder,
-                            lane,
-                            np.int32(entry[c]) << (TABLE_BITS - ESCAPE_BITS),
-                            1 << (TABLE_BITS - ESCAPE_BITS),
-                        )
+                        _note(intervals, place, entry[c] * _ESCAPE_SIZE, _ESCAPE_SIZE)
         else:
             x = refill(x, coder.words, place)
             size = np.uint64(null) << np.uint64(4)
             if (x & _MASK24) < size:
-                x = narrowed(x, np.uint64(0), size)
+                x = narrowed(x, _START, size)
             else:
                 x = narrowed(x, size, np.uint64(2**24) - size)
-                _outcomes(net, model, known, room, first, coder.temperature)
+                _outcomes(net, first, known, sums, hidden, room.logits, outcomes, temperature, frequencies)
                 x = refill(x, coder.words, place)
                 outcome, low = symbol(x, frequencies, outcomes)
                 x = narrowed(x, np.uint64(low) << np.uint64(4), np.uint64(frequencies[outcome]) << np.uint64(4))
@@ -641,9 +641,10 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
     coder.state[lane, 0] = x
 
 
-@_inlined
-def _choose(null, weight, distance, escaped, escape, codes, logits, outcomes):  # type: ignore[no-untyped-def]
+@function
+def _choose(null, weight, distance, escaped, escape, codes, logits):  # type: ignore[no-untyped-def]
     """The index of least cost, codes + 1 for an escape; null: the cost of index 0, less that of a flag that is not."""
+    outcomes = codes + 1 if escape else codes
     top = logits[0]
     for k in range(outcomes):
         top = max(top, logits[k])

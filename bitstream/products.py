@@ -14,7 +14,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils, config
 from numba.core.registry import cpu_target
@@ -120,7 +120,7 @@ def _tile(rows: int, units: int) -> Any:
             for v in range(vectors):
                 b.store(added[r][v], out[r][v], align=4)
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def tile(context: Any, x: Any, x_row: Any, weight: Any, step: Any, steps: Any, sums: Any, sums_row: Any) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             # A function of its own: without that, compiling takes several times as long.
@@ -146,7 +146,7 @@ _block, _edge = _tile(ROWS, _UNITS), _tile(ROWS, 1)
 _row1, _row2, _row3, _row4 = (_tile(1, units) for units in (1, 2, 3, 4))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _load(context: Any, address: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.load_atomic(b.inttoptr(args[0], _I64.as_pointer()), "acquire", 8)
@@ -154,7 +154,7 @@ def _load(context: Any, address: Any) -> Any:
     return types.int64(types.intp), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _store(context: Any, address: Any, value: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         b.store_atomic(args[1], b.inttoptr(args[0], _I64.as_pointer()), "release", 8)

@@ -333,7 +333,7 @@ def test_effort_gives_a_better_file_in_either_precision(
 def test_models_of_one_or_three_grids_code_at_every_effort(
     strides: tuple[int, ...], lambdas: tuple[float, ...]
 ) -> None:
-    prior = PriorConfig(8, blocks=2, hidden=8)
+    prior = PriorConfig(8, blocks=2, flags=2, hidden=8)
     grids = tuple(GridConfig(stride, groups=2, dim=2, codes=8, prior=prior) for stride in strides)
     model = VQVAE(ModelConfig("small", lambdas, channels=(8,) * len(strides), blocks=1, grids=grids))
     small = Codec(model, "cpu")

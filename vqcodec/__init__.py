@@ -156,9 +156,8 @@ def decode(
     data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    from vqcodec.codec import decode_picture
     from vqcodec.image import to_pil
 
-    picture = decode_picture(_codec(device), data, max_pixels, preview=preview)
+    picture = _codec(device).decode_picture(data, max_pixels, preview=preview)
     _warn(picture.notes, stacklevel=3)
     return to_pil(picture)

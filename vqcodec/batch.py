@@ -1,7 +1,8 @@
 """The work on one file after another, from bytes to bytes, in this process or in several, and the tally of it.
 
-Why processes and not threads: a walk is a long chain of small operations, most of its Python needs the interpreter's
-lock, and two threads are no faster than one. Forked processes share the memory of the model they find at their start.
+Why processes and not threads: what surrounds networks and walk, Pillow and NumPy, keeps no more than one core busy,
+and a process that dies takes no other file with it. Forked processes share the memory of the model that they find when
+they start.
 """
 
 import multiprocessing
@@ -301,6 +302,7 @@ def _begin(weights: str | None, device: str) -> None:
         signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the walk's, too
     _codec = _codec or Codec.load(weights, device)
 
 

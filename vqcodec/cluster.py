@@ -96,6 +96,7 @@ class _Model(NamedTuple):
 def _codec(model: _Model) -> Codec:
     """Of this process, a worker, for all its files."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the walk's, too
     return Codec(ray.get(model.ref), model.device)
 
 
