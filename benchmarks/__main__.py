@@ -154,12 +154,11 @@ def entropy(folder: Path, output: Path | None, **options: Any) -> None:
 @main.command()
 @click.argument("log", type=file_type)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="results/NAME, without an ending.")
-@click.option("--levels", default=8, show_default=True, type=click.IntRange(1), help="Quality levels of the model.")
-def training(log: Path, output: Path, levels: int) -> None:
+def training(log: Path, output: Path) -> None:
     """Draw the curve of a log of `vqcodec train`."""
     from benchmarks import training
 
-    _finish(training.table, lambda: training.run(log, output, levels=levels))
+    _finish(training.table, lambda: training.run(log, output))
 
 
 @main.command()

@@ -1,38 +1,33 @@
-"""What each part buys: the choice of indices, the encoder's effort, and the parts of the prior, on the same indices.
-
-The priors are evaluated in their parallel form, which gives the bits that the walk would spend.
-"""
+"""What each part buys: the choice of indices, the encoder's effort, and the parts of the prior, on the same indices."""
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from benchmarks import corpus, machine
+from benchmarks import corpus, indices, machine
 from benchmarks.corpus import Bytes
 from benchmarks.metrics import Curve, bd_rate, bits_per_pixel, psnr, relative_size
-from bitstream.exact import ESCAPE_BITS
+from bitstream.walk import Grid
 from vqcodec import DEFAULT_EFFORT, Codec
 from vqcodec.codec import PictureEncoder
 from vqcodec.image import from_array
-from vqcodec.models import dyadic
-from vqcodec.models.pixelsnail import PixelSNAIL, rows_of, take
-from vqcodec.models.quantizer import code_length
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import load_weights
 
-MOST_SIDE = 768  # pixels: in its parallel form attention takes memory with the square of the image
 REFERENCE = "rate-constrained"  # the choice that all others are compared with
 ORDER0 = {
-    "ideal order 0": "the entropy of the use of codes over all images, by group: what a fixed table could reach",
+    "ideal order 0": "the entropy of the use of null, codes and escape over all images, by group: what a fixed table "
+    "could reach",
     "adaptive order 0": "a table of counts by group that every image starts anew (Krichevsky and Trofimov)",
 }
 PARTS = {
@@ -42,6 +37,8 @@ PARTS = {
     "full": "the prior as it codes",
     "full, not rounded": "the same network in floating point, without rounding to the dyadic grid",
 }
+
+Way = Callable[[int, Sequence[Grid], int], float]  # of coding: grid number, grids, level from 0 -> bits
 
 
 class NearestCodec(Codec):
@@ -80,48 +77,46 @@ def run(
     encoders |= {f"effort {effort}": (codec, effort) for effort in efforts}
     model = codec.model
     others = {f"prior of {path.stem}": _with_same_codebooks(path, model) for path in priors}
+    ways = prior_ways(model) | {title: partial(total_bits, other) for title, other in others.items()}
     levels = qualities or tuple(float(level) for level in range(1, model.config.levels + 1))
-    bits: dict[tuple[float, int], defaultdict[str, float]] = {
-        (q, k): defaultdict(float) for q in levels for k in range(len(model.priors))
-    }
-    counts = {
-        (q, k): np.zeros((g.groups, 1 + g.codes + g.escape), np.int64)
-        for q in levels
-        for k, g in enumerate(model.config.grids)
-    }
+    bits: dict[tuple[float, int], defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    counts: dict[tuple[float, int], NDArray[np.int64]] = {}
     points: dict[tuple[str, float], list[Point]] = defaultdict(list)
     skipped: dict[str, str] = {}
     images, pixels = 0, 0
     for name, picture in corpus.photos(folder, skipped):
-        picture = _middle(picture)
+        picture = indices.middle(picture)
         images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
         for quality in levels:
-            grids: dict[str, list[Tensor]] = {}
+            level = codec.level_for(quality)
+            grids: dict[str, list[Grid]] = {}
             for choice, (used_codec, effort) in encoders.items():
                 encoder = PictureEncoder(used_codec, from_array(picture), effort)
-                points[choice, quality].append(_point(encoder, picture, quality, codec.level_for(quality)))
-                grids[choice] = [torch.from_numpy(grid.astype(np.int64))[None] for grid in encoder.grids]
+                points[choice, quality].append(_point(encoder, picture, quality, level))
+                grids[choice] = encoder.grids
             chosen = grids[REFERENCE]
-            level = torch.tensor([codec.level_for(quality)[0]])
-            for k in range(len(chosen)):
-                book = model.codebooks[k]
-                used = usage(book.outcome(chosen[k]), 1 + book.outcomes)
-                counts[quality, k] += used
+            for k, book in enumerate(model.codebooks):
+                used = indices.usage(chosen[k], book)
+                counts[quality, k] = used + counts.get((quality, k), 0)
                 found = bits[quality, k]
-                found["adaptive order 0"] += adaptive_bits(used)
-                for part, spent in part_bits(model, k, chosen, level).items():
-                    found[part] += spent
-                for title, other in others.items():
-                    found[title] += prior_bits(other, k, chosen, level)
+                found["adaptive order 0"] += adaptive_bits(used) + indices.escape_bits(used, book).sum()
+                for title, way in ways.items():
+                    found[title] += way(k, chosen, level[0])
         tell(f"{name}: done")
     for name, reason in skipped.items():
         tell(f"{name}: skipped, {reason}")
     if not images:
         raise ValueError(f"{folder}: none of the images can be read")
-    for key, used in counts.items():
-        bits[key]["ideal order 0"] = ideal_bits(used)
+    for (quality, k), used in counts.items():
+        escapes = indices.escape_bits(used, model.codebooks[k]).sum()
+        bits[quality, k]["ideal order 0"] = ideal_bits(used) + escapes
     variants = ORDER0 | PARTS | {title: "trained separately" for title in others}
-    all_grids = range(len(model.config.grids))
+    strides = [grid.stride for grid in model.config.grids]
+
+    def row(quality: float, grid: str, parts: Sequence[int]) -> dict[str, Any]:
+        rates = {name: sum(bits[quality, k][name] for k in parts) / pixels for name in variants}
+        return {"quality": quality, "grid": grid, "bits_per_pixel": rates}
+
     result = {
         "benchmark": "ablate",
         "machine": machine.describe(codec, weights),
@@ -129,20 +124,8 @@ def run(
         "variants": variants,
         "choice": _choices(points, tuple(encoders), levels, pixels / images),
         "priors": [
-            {
-                "quality": q,
-                "stride": model.config.grids[k].stride,
-                "indices": int(counts[q, k].sum()),
-                "bits_per_index": {name: bits[q, k][name] / int(counts[q, k].sum()) for name in variants},
-            }
-            for q, k in bits
-        ],
-        "priors_of_all_grids": [
-            {
-                "quality": q,
-                "bits_per_pixel": {name: sum(bits[q, k][name] for k in all_grids) / pixels for name in variants},
-            }
-            for q in levels
+            *(row(q, f"stride {stride}", [k]) for q in levels for k, stride in enumerate(strides)),
+            *(row(q, "all", range(len(strides))) for q in levels),
         ],
     }
     corpus.save_json(output, result)
@@ -160,16 +143,12 @@ def _point(encoder: PictureEncoder, picture: Bytes, quality: float, level: tuple
     return Point(bpp, db, distortion + rate_weight * bpp, seconds)
 
 
-def _middle(pixels: Bytes) -> Bytes:
-    top, left = (max(0, side - MOST_SIDE) // 2 for side in pixels.shape[:2])
-    return np.ascontiguousarray(pixels[top : top + MOST_SIDE, left : left + MOST_SIDE])
-
-
 def _with_same_codebooks(path: Path, model: VQVAE) -> VQVAE:
     other = load_weights(path)
-    books = [[book.vectors.half() for book in m.codebooks] for m in (model, other)]
-    same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(*books, strict=False)]
-    if len(books[0]) != len(books[1]) or not all(same) or model.config.levels != other.config.levels:
+    grids = [[(grid.stride, grid.escape) for grid in m.config.grids] for m in (model, other)]
+    books = zip(model.codebooks, other.codebooks, strict=False)
+    same = all(a.vectors.equal(b.vectors) for a, b in books) and grids[0] == grids[1]
+    if not same or model.config.levels != other.config.levels:
         raise ValueError(f"{path} has other codebooks or levels: its priors cannot be evaluated on the same indices")
     return other
 
@@ -206,20 +185,15 @@ def _choices(
 # --- order 0 ---
 
 
-def usage(grid: Tensor, codes: int) -> Any:
-    """How often null and each outcome is used: (1, M, h, w) -> (M, codes)."""
-    return np.stack([np.bincount(group.flatten().numpy(), minlength=codes) for group in grid[0]])
-
-
-def ideal_bits(used: Any) -> float:
-    """Bits of indices with these counts (M, K) under fixed tables made of the counts themselves."""
+def ideal_bits(used: NDArray[np.int64]) -> float:
+    """Bits of symbols with these counts (M, K) under fixed tables made of the counts themselves."""
     total = used.sum(1, keepdims=True)
     share = np.divide(used, total, where=used > 0, out=np.ones(used.shape))
     return float(-(used * np.log2(share)).sum())
 
 
-def adaptive_bits(used: Any) -> float:
-    """Bits of indices with these counts (M, K) under tables that count while they code and start with 1/2 each: the
+def adaptive_bits(used: NDArray[np.int64]) -> float:
+    """Bits of symbols with these counts (M, K) under tables that count while they code and start with 1/2 each: the
     same in every order."""
     half = math.lgamma(0.5)
     nats = 0.0
@@ -232,72 +206,51 @@ def adaptive_bits(used: Any) -> float:
 # --- parts of the prior ---
 
 
-def part_bits(model: VQVAE, k: int, grids: Sequence[Tensor], level: Tensor) -> dict[str, float]:
-    """Bits of grid k under the prior and under what is left of it without some parts. A part that the prior does not
-    have anyway changes nothing."""
-    prior = model.priors[k]
-
-    def bits(conditioned: bool = True) -> float:
-        return prior_bits(model, k, grids, level, conditioned=conditioned)
-
-    found = {"full": bits()}
-    found["no conditioning"] = bits(conditioned=False) if k else found["full"]
-    found["no attention"], found["no attention, no conditioning"] = found["full"], found["no conditioning"]
-    if prior.attention is not None:
-        with _without_attention(prior):
-            found["no attention"] = bits()
-            found["no attention, no conditioning"] = bits(conditioned=False) if k else found["no attention"]
-    with _without_rounding(prior):
-        found["full, not rounded"] = prior_bits(model, k, grids, level, exact=False)
-    return found
+def prior_ways(model: VQVAE) -> dict[str, Way]:
+    """Ways to code with the prior and with what is left of it without some parts. A part that the prior does not have
+    anyway changes nothing."""
+    return {
+        "no attention, no conditioning": partial(total_bits, _without(model, "attention", "condition")),
+        "no attention": partial(total_bits, _without(model, "attention")),
+        "no conditioning": partial(total_bits, _without(model, "condition")),
+        "full": partial(total_bits, model),
+        "full, not rounded": partial(_unrounded_bits, _smooth(model)),
+    }
 
 
-@torch.inference_mode()
-def prior_bits(
-    model: VQVAE, k: int, grids: Sequence[Tensor], level: Tensor, *, conditioned: bool = True, exact: bool = True
-) -> float:
-    """Bits of grid k by a model's prior. exact: by its integer tables, as in a file; otherwise by its logits."""
-    book, prior, index = model.codebooks[k], model.priors[k], grids[k][0].flatten(1)
-    condition = model.condition(k, grids[k - 1], level) if k and conditioned else None
-    flags, known = prior(book.activations(book.lookup(index), 1, *grids[k].shape[2:]), level, condition)
-    outcome = book.outcome(index)
-    rows = rows_of(outcome > 0)
-    of_outcomes = prior.logits(known, level, rows), take(outcome.flatten(), rows.place) - 1
-    of_flags = torch.stack([torch.zeros_like(flags), flags], -1), (outcome > 0).long()
-    total = float((outcome > book.codes).sum()) * book.dim * ESCAPE_BITS
-    for logits, symbol in (of_flags, of_outcomes):
-        if exact:
-            chosen = dyadic.frequencies(logits).gather(-1, symbol[..., None])
-            total += float((dyadic.TABLE_BITS - chosen.double().log2()).sum())
-        else:
-            total += float(code_length(logits, symbol).double().sum())
-    return total
+def total_bits(model: VQVAE, k: int, grids: Sequence[Grid], level: int) -> float:
+    """Bits of grid k by a model's prior, as in a file."""
+    return float(indices.prior_bits(model, k, grids, level).sum())
 
 
-@contextmanager
-def _without_attention(prior: PixelSNAIL) -> Iterator[None]:
-    attention, prior.attention = prior.attention, None
-    try:
-        yield
-    finally:
-        prior.attention = attention
+def _without(model: VQVAE, *parts: str) -> VQVAE:
+    model = deepcopy(model)
+    for prior in model.priors:
+        for part in parts:
+            setattr(prior, part, None)
+    return model
 
 
-@contextmanager
-def _without_rounding(prior: PixelSNAIL) -> Iterator[None]:
-    """The network with the limits of its values, but without their steps; its weights stay on their grid."""
-
-    def clip(x: Tensor, bits: int, low: int, high: int) -> Tensor:
-        return x.clamp(low * 2.0**-bits, high * 2.0**-bits)
-
-    with mock.patch.object(dyadic, "_snap", clip):
+def _smooth(model: VQVAE) -> VQVAE:
+    """With attention in floating point."""
+    model = deepcopy(model)
+    for prior in model.priors:
         if prior.attention is not None:
-            prior.attention.train()  # attention in floating point
-        try:
-            yield
-        finally:
-            if prior.attention is not None:
-                prior.attention.eval()
+            prior.attention.train()
+    return model
+
+
+class Unrounded(TorchFunctionMode):
+    """Exact layers keep the limits of their values, but not their steps: they round by adding a half step and going
+    down to a whole one, instead of which the half is taken off again. Weights stay on their grid."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].sub_(0.5) if func is Tensor.floor_ else func(*args, **(kwargs or {}))
+
+
+def _unrounded_bits(model: VQVAE, k: int, grids: Sequence[Grid], level: int) -> float:
+    with Unrounded():
+        return float(indices.prior_bits(model, k, grids, level, exact=False).sum())
 
 
 # --- telling ---
@@ -317,18 +270,14 @@ def table(result: dict[str, Any]) -> str:
         bd = found["bd_rate"]
         percent = f"none, {bd['reason']}" if bd["percent"] is None else f"{bd['percent']:+.2f} %"
         lines += [f"BD-rate against {REFERENCE}: {percent}"] if choice != REFERENCE else []
-    rows = result["priors"]
-    heads = [f"{row['quality']:g}/{row['stride']}" for row in rows]
-    lines += ["", *_prior_lines("bits per index: quality/stride", heads, [row["bits_per_index"] for row in rows])]
-    rows = result["priors_of_all_grids"]
-    heads = [f"{row['quality']:g}" for row in rows]
-    lines += ["", *_prior_lines("bits per pixel: quality", heads, [row["bits_per_pixel"] for row in rows])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_prior_lines(result["priors"])])
 
 
-def _prior_lines(title: str, heads: Sequence[str], columns: Sequence[dict[str, float]]) -> list[str]:
+def _prior_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The bits of the same indices, coded in each way, and what rounding costs."""
-    lines = [f"{title:<31}" + " ".join(f"{head:>7}" for head in heads)]
-    lines += [f"{name:<31}" + " ".join(f"{column[name]:7.3f}" for column in columns) for name in columns[0]]
+    heads = (f"{row['quality']:g}/{row['grid'].removeprefix('stride ')}" for row in rows)
+    columns = [row["bits_per_pixel"] for row in rows]
+    lines = [f"{'bits per pixel: quality/stride':<31}" + " ".join(f"{head:>7}" for head in heads)]
+    lines += [f"{name:<31}" + " ".join(f"{column[name]:7.4f}" for column in columns) for name in columns[0]]
     cost = [100 * (column["full"] / column["full, not rounded"] - 1) for column in columns]
     return [*lines, f"{'cost of rounding, %':<31}" + " ".join(f"{value:+7.2f}" for value in cost)]

@@ -1,37 +1,39 @@
-"""Where the bits go: payload against the ideal code length, framing, grids, groups, and the use of codes."""
+"""Where the bits go: payload against the ideal code length, framing, grids, and what groups spend them on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import corpus, machine
+from benchmarks import corpus, indices, machine
 from bitstream import container
 from vqcodec import Codec
+from vqcodec.codec import PictureEncoder
+from vqcodec.image import from_array
+from vqcodec.models.quantizer import Codebook
 
 
+@dataclass
 class Tally:
-    """What was coded in one grid, over many images. bits: (M,), ideal. usage: (M, K + 1 or K + 2), how often null, each
-    code, and the escape if there is one."""
+    """What was coded in one grid, over many images. usage: (M, 1 + N), how often each group was null and each of its
+    outcomes; bits: (2, M), ideal, of flags and of outcomes with their escapes; payload: bytes."""
 
-    def __init__(self, groups: int, codes: int) -> None:
-        self.bits = np.zeros(groups)
-        self.usage = np.zeros((groups, codes), np.int64)
-        self.payload = 0
+    usage: NDArray[np.int64]
+    bits: NDArray[np.float64]
+    payload: int = 0
 
-    def add(self, indices: NDArray[np.uint16], bits: NDArray[np.float32]) -> None:
-        """indices, bits: (M, h, w)."""
-        self.bits += bits.sum((1, 2), dtype=np.float64)
-        most = self.usage.shape[1]
-        for group, index in enumerate(indices):
-            self.usage[group] += np.bincount(np.minimum(index, most - 1).ravel(), minlength=most)
+    @classmethod
+    def empty(cls, book: Codebook) -> "Tally":
+        return cls(np.zeros((book.groups, 1 + book.outcomes), np.int64), np.zeros((2, book.groups)))
 
-    def perplexity(self) -> Any:
-        """2 to the entropy of the use of codes, per group: (M,)."""
-        p = self.usage / self.usage.sum(1, keepdims=True)
-        return np.exp2(-(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1))
+
+def perplexity(used: NDArray[np.int64]) -> NDArray[np.float64]:
+    """2 to the entropy of counts (M, N), by group: (M,); 1 where nothing was counted."""
+    p = used / np.maximum(used.sum(1, keepdims=True), 1)
+    return np.exp2(-(p * np.log2(p, where=p > 0, out=np.zeros_like(p))).sum(1))
 
 
 def run(
@@ -44,20 +46,24 @@ def run(
 ) -> dict[str, Any]:
     """Encode every image at every quality, count, and save OUTPUT.json."""
     codec = Codec.load(weights, device="cpu")
-    grids, levels = codec.model.config.grids, range(1, codec.model.config.levels + 1)
-    tallies = {q: [Tally(grid.groups, 1 + grid.codes + grid.escape) for grid in grids] for q in qualities or levels}
+    model = codec.model
+    levels = qualities or range(1, model.config.levels + 1)
+    tallies = {q: [Tally.empty(book) for book in model.codebooks] for q in levels}
     sizes = dict.fromkeys(tallies, 0)
     skipped: dict[str, str] = {}
     images, pixels = 0, 0
     for name, picture in corpus.photos(folder, skipped):
-        for quality, counts in tallies.items():
-            data = codec.encode(picture, quality)
-            sizes[quality] += len(data)
-            looks = codec.examine(data, container.MAX_SIDE**2)
-            for tally, payload, look in zip(counts, container.unpack(data).grids, looks, strict=True):
-                tally.payload += len(payload)
-                tally.add(*look)
+        picture = indices.middle(picture)
         images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
+        encoder = PictureEncoder(codec, from_array(picture))
+        for quality, counts in tallies.items():
+            data = encoder.encode(quality)
+            sizes[quality] += len(data)
+            parts = container.unpack(data)
+            for k, tally in enumerate(counts):
+                tally.usage += indices.usage(encoder.grids[k], model.codebooks[k])
+                tally.bits += indices.prior_bits(model, k, encoder.grids, parts.header.level - 1)
+                tally.payload += len(parts.grids[k])
         tell(f"{name}: done")
     for name, reason in skipped.items():
         tell(f"{name}: skipped, {reason}")
@@ -67,39 +73,54 @@ def run(
         "benchmark": "entropy",
         "machine": machine.describe(codec, weights),
         "corpus": {"folder": folder.resolve().name, "images": images, "pixels": pixels, "skipped": skipped},
-        "strides": [grid.stride for grid in grids],
-        "levels": [_level(q, counts, sizes[q], images, pixels) for q, counts in tallies.items()],
+        "strides": [grid.stride for grid in model.config.grids],
+        "levels": [
+            {
+                "quality": quality,
+                **_level(counts, sizes[quality], images, pixels),
+                "grids": [_grid(tally, book, pixels) for tally, book in zip(counts, model.codebooks, strict=True)],
+            }
+            for quality, counts in tallies.items()
+        ],
     }
     corpus.save_json(output, result)
     return result
 
 
-def _level(quality: float, tallies: list[Tally], size: int, images: int, pixels: int) -> dict[str, Any]:
+def _level(tallies: list[Tally], size: int, images: int, pixels: int) -> dict[str, Any]:
     """size: bytes of all files of this quality."""
     payload, ideal = sum(t.payload for t in tallies), sum(t.bits.sum() for t in tallies) / 8
     return {
-        "quality": quality,
         "bpp": 8 * size / pixels,
         "file_bytes": size,
         "payload_bytes": payload,
         "ideal_bytes": ideal,
         "rans_overhead_percent": 100 * (payload / ideal - 1),
         "framing_bytes_per_image": (size - payload) / images,
-        "grids": [_grid(tally, pixels) for tally in tallies],
     }
 
 
-def _grid(tally: Tally, pixels: int) -> dict[str, Any]:
-    """Lists have one entry per group, in coding order."""
+def _grid(tally: Tally, book: Codebook, pixels: int) -> dict[str, Any]:
+    """Lists have one entry per group, in coding order. The bits of outcomes are without the places of escapes but in
+    ``bits_per_outcome``."""
+    (flags, outcomes), used = tally.bits, tally.usage
+    escapes = indices.escape_bits(used, book).sum()
+    coded = used[:, 1:].sum(1)
     return {
-        "bpp": tally.bits.sum() / pixels,
-        "indices": int(tally.usage.sum()),
+        "codes": book.codes,
+        "indices": int(used.sum()),
         "payload_bytes": tally.payload,
         "ideal_bytes": tally.bits.sum() / 8,
-        "codes": tally.usage.shape[1],
-        "bits_per_index": (tally.bits / tally.usage.sum(1)).tolist(),
-        "perplexity": tally.perplexity().tolist(),
-        "codes_used": (tally.usage > 0).sum(1).tolist(),
+        "bpp": tally.bits.sum() / pixels,
+        "bpp_of_flags": flags.sum() / pixels,
+        "bpp_of_outcomes": (outcomes.sum() - escapes) / pixels,
+        "bpp_of_escapes": escapes / pixels,
+        "bits_per_flag": (flags / used.sum(1)).tolist(),
+        "percent_not_null": (100 * coded / used.sum(1)).tolist(),
+        "bits_per_outcome": (outcomes / np.maximum(coded, 1)).tolist(),
+        "perplexity": perplexity(used[:, 1:]).tolist(),
+        "codes_used": (used[:, 1 : 1 + book.codes] > 0).sum(1).tolist(),
+        "escapes": used[:, 1 + book.codes :].sum(1).tolist(),
     }
 
 
@@ -107,17 +128,16 @@ def table(result: dict[str, Any]) -> str:
     images, folder = result["corpus"]["images"], result["corpus"]["folder"]
     lines = [machine.title(result["machine"]), f"{folder}: {images} images, all together"]
     lines += [f"skipped {name}: {reason}" for name, reason in result["corpus"]["skipped"].items()]
-    lines += ["", "by group: bits per index / perplexity / codes used"]
+    lines += ["", "by group: bits per flag, % not null, bits per outcome / perplexity of outcomes / codes used"]
     for level in result["levels"]:
         lines += [f"quality {level['quality']:g}: {level['bpp']:.4f} bpp"]
         for stride, grid in zip(result["strides"], level["grids"], strict=True):
-            groups = zip(grid["bits_per_index"], grid["perplexity"], grid["codes_used"], strict=True)
-            cells = [f"{bits:5.2f}/{perplexity:5.1f}/{used:3d}" for bits, perplexity, used in groups]
-            head = f"  stride {stride:>2}, K {grid['codes']:>3}, {grid['bpp']:.4f} bpp "
-            lines += [
-                (head if start == 0 else " " * len(head)) + "  ".join(cells[start : start + 4])
-                for start in range(0, len(cells), 4)
-            ]
+            kinds = " + ".join(f"{kind} {grid[f'bpp_of_{kind}']:.4f}" for kind in ("flags", "outcomes", "escapes"))
+            lines += [f"  stride {stride}, K {grid['codes']}: {grid['bpp']:.4f} bpp = {kinds}"]
+            keys = "bits_per_flag", "percent_not_null", "bits_per_outcome", "perplexity", "codes_used"
+            groups = zip(*(grid[key] for key in keys), strict=True)
+            cells = ["{:5.3f} {:5.1f} {:4.1f}/{:5.1f}/{:3d}".format(*group) for group in groups]
+            lines += ["    " + "   ".join(cells[start : start + 4]) for start in range(0, len(cells), 4)]
     lines += ["", "  vq2  payload bytes  sum -log2 p  rANS adds  header, framing"]
     for level in result["levels"]:
         lines.append(

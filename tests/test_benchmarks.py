@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny_model import WEIGHTS
 
-from benchmarks import codecs, entropy, machine, metrics, rd, speed, timing
+from benchmarks import codecs, machine, metrics, rd, speed, timing
 from benchmarks.__main__ import main
 from benchmarks.metrics import Curve, bd_rate, psnr, relative_size
 from vqcodec import Codec
@@ -363,33 +363,6 @@ def test_rd_does_not_overwrite_another_result(folder: Path, tmp_path: Path) -> N
     (tmp_path / "speed.json").write_text('{"benchmark": "speed"}')
     with pytest.raises(ValueError, match="not a result of rd"):
         rd.run(folder, tmp_path / "speed", weights=WEIGHTS, rivals=())
-
-
-def test_entropy_accounts_for_every_byte(folder: Path, tmp_path: Path) -> None:
-    result = entropy.run(folder, tmp_path / "entropy", weights=WEIGHTS, qualities=(2.0,), tell=lambda line: None)
-    assert json.loads((tmp_path / "entropy.json").read_text()) == result
-    assert (result["corpus"]["images"], list(result["corpus"]["skipped"])) == (2, ["broken.png"])
-    (level,) = result["levels"]
-    assert level["file_bytes"] == level["payload_bytes"] + 2 * level["framing_bytes_per_image"]
-    assert level["framing_bytes_per_image"] <= 40
-    assert 0 < level["payload_bytes"] - level["ideal_bytes"] <= 2 * 2 * 12  # rANS rounds each payload up to words
-    grids = Codec.load(WEIGHTS).model.config.grids
-    for grid, found in zip(grids, level["grids"], strict=True):
-        cells = sum(-(-h // 16) * -(-w // 16) * (16 // grid.stride) ** 2 for h, w in ((64, 96), (71, 51)))
-        assert found["indices"] == cells * grid.groups
-        spent = sum(bits * cells for bits in found["bits_per_index"])
-        assert spent / 8 == pytest.approx(found["ideal_bytes"])
-        assert all(
-            1 <= p <= used <= 1 + grid.codes + grid.escape
-            for p, used in zip(found["perplexity"], found["codes_used"], strict=True)
-        )
-    assert "skipped broken.png" in entropy.table(result)
-
-
-def test_perplexity_counts_equally_likely_codes() -> None:
-    tally = entropy.Tally(2, 8)
-    tally.usage[:] = [[5, 5, 5, 5, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0, 0, 0]]
-    assert tally.perplexity() == pytest.approx([4, 1])
 
 
 def test_stages_add_up_to_the_whole() -> None:

@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import training
 
 
-def row(step: int, hours: float, level_psnr: list[float]) -> dict[str, Any]:
-    rest = {"loss": 5 / step, "psnr": 20 + step / 100, "bpp": 100 / step, "perplexity": "1,2", "level_bpp": [0.1]}
-    return {"step": step, "hours": hours, "level_psnr": level_psnr, **rest}
+def row(
+    step: int, hours: float, level_psnr: list[float | None], level_bpp: list[float | None] | None = None
+) -> dict[str, Any]:
+    rest = {"loss": 5 / step, "psnr": 20 + step / 100, "bpp": 100 / step, "perplexity": "1,2"}
+    levels = {"level_psnr": level_psnr, "level_bpp": [0.1] * len(level_psnr) if level_bpp is None else level_bpp}
+    return {"step": step, "hours": hours, **rest, **levels}
 
 
 def written(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -26,21 +30,31 @@ def test_runs_follow_each_other(tmp_path: Path) -> None:
     found = training.runs(log)
     assert [x for run in found for x in run.along("step")] == [50, 100, 150, 200, 250, 300]
     assert [x for run in found for x in run.along("hours")] == [0.5, 1.0, 1.5, 1.75, 2.25, 2.75]
-    result = training.run(log, tmp_path / "out" / "curve", levels=2)
+    result = training.run(log, tmp_path / "out" / "curve")
     assert [run["step"] for run in result["runs"]] == [150, 100, 50]
     assert "150    1.50  21.50" in training.table(result)
     with Image.open(tmp_path / "out" / "curve.png") as image:
         assert image.width == 1500
     drawn = (tmp_path / "out" / "curve.svg").read_text()
-    training.run(log, tmp_path / "out" / "curve", levels=2)
+    training.run(log, tmp_path / "out" / "curve")
     assert (tmp_path / "out" / "curve.svg").read_text() == drawn  # the same file for the same numbers
 
 
-def test_levels_are_told_apart_where_every_one_is_equally_often_in_a_batch() -> None:
-    rows = [row(step, step / 100, [1.0 * step, 3.0 * step, 10.0, 20.0]) for step in (1, 2, 9)]
-    assert training.by_level(rows, 2) == [[2, 3, 4], [15, 15, 15]]  # medians of 2, 4 and 18, and of 15
-    assert training.by_level(rows, 3) == []
-    assert training.by_level([*rows, row(10, 0.1, [1.0, 2.0])], 2) == []
+def test_levels_are_medians_of_the_rows_that_have_them(tmp_path: Path) -> None:
+    levels = [([1.0, None], [0.5, None]), ([3.0, None], [1.5, 7.0]), ([9.0, 6.0], [2.5, None])]
+    rows = [row(step, step / 100, *both) for step, both in enumerate(levels, 1)]
+    (found,) = training.runs(written(rows, tmp_path / "log.jsonl"))
+    np.testing.assert_array_equal(found.by_level("psnr"), [[1, 2, 3], [np.nan, np.nan, 6]])
+    np.testing.assert_array_equal(found.by_level("bpp"), [[0.5, 1, 1.5], [np.nan, 7, 7]])
+    training.run(tmp_path / "log.jsonl", tmp_path / "curve")
+
+
+def test_bits_of_half_a_batch_are_not_of_levels(tmp_path: Path) -> None:
+    """As older logs have them, in front of rows of today."""
+    rows = [row(1, 0.1, [20.0, 30.0], [0.7]), row(2, 0.2, [22.0, 32.0], [0.1, 0.2])]
+    (found,) = training.runs(written(rows, tmp_path / "log.jsonl"))
+    np.testing.assert_array_equal(found.by_level("psnr"), [[20, 21], [30, 31]])
+    np.testing.assert_array_equal(found.by_level("bpp"), [[np.nan, 0.1], [np.nan, 0.2]])
 
 
 @pytest.mark.parametrize("text", ["", "nonsense\n", '{"step": 1}\n', "[1]\n"])

@@ -213,6 +213,11 @@ def frequencies(logits: Tensor) -> Tensor:
     return table.int()
 
 
+def table_bits(logits: Tensor) -> Tensor:
+    """Bits of every symbol, (..., K) float64, by the tables of ``frequencies``."""
+    return TABLE_BITS - frequencies(logits).double().log2()
+
+
 def attend(scores: Tensor, values: Tensor) -> Tensor:
     """Exact softmax attention, base 2, with a silent extra key (score 0, value 0) so that no row is empty.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqcodec.models import Modules
+from vqcodec.models.dyadic import table_bits
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of, take
 from vqcodec.models.quantizer import COMMITMENT, LATTICE_SIZE, Codebook, Learning, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
@@ -304,20 +305,33 @@ class VQVAE(nn.Module):
         return Output(context, torch.stack(bits), penalty)
 
     def code_lengths(self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
-        """Bits of grid k, (B,), differentiable in the prior's parameters. index: (B, M, h, w); seen: its vectors as
-        ``Codebook.activations`` gives them."""
+        """Bits of grid k, (B,), differentiable in the prior's parameters; arguments as of ``bits``."""
+        flags, outcomes = self.bits(k, index, seen, condition, level)
+        return (flags + outcomes).unflatten(1, (len(index), -1)).sum((0, 2))
+
+    def bits(
+        self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor, exact: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Bits of grid k's flags and of its outcomes, escapes included, (M, B h w) each.
+
+        index: (B, M, h, w); seen: its vectors as ``Codebook.activations`` gives them. exact: by the integer tables of a
+        file, float64; otherwise by the logits that training learns from.
+        """
         book, prior = self.codebooks[k], self.priors[k]
         flags, known = prior(seen, level, condition)
         outcome = book.outcome(index.transpose(0, 1).flatten(1))
-        null, active = flag_bits(flags)
-        total = torch.where(outcome == 0, null, active)
         rows = rows_of(outcome > 0)
-        logits = prior.logits(known, level, rows)
-        lengths = code_length(logits, take(outcome.flatten(), rows.place) - 1)
-        total = total + put(lengths, rows, book.groups, outcome.shape[1])
+        logits, chosen = prior.logits(known, level, rows), take(outcome.flatten(), rows.place) - 1
+        if exact:
+            null, active = table_bits(torch.stack([torch.zeros_like(flags), flags], -1)).unbind(-1)
+            lengths = table_bits(logits).gather(-1, chosen[:, None])[:, 0]
+        else:
+            null, active = flag_bits(flags)
+            lengths = code_length(logits, chosen)
+        outcomes = put(lengths, rows, book.groups, outcome.shape[1])
         if book.escape:
-            total = total + (outcome > book.codes) * (book.dim * math.log2(LATTICE_SIZE))
-        return total.unflatten(1, (len(index), -1)).sum((0, 2))
+            outcomes = outcomes + (outcome > book.codes) * (book.dim * math.log2(LATTICE_SIZE))
+        return torch.where(outcome == 0, null, active), outcomes
 
     def quantize(
         self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float
