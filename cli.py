@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from vqcodec.batch import Made, Pool, Tally, Work
     from vqcodec.codec import Codec
+    from vqcodec.image import Strip
     from vqcodec.targets import Target
     from vqcodec.training.trainer import Stage
 
@@ -217,13 +218,13 @@ def _whole_bar(jobs: Sequence[Job]) -> Iterator[tuple[Watch, Callable[[Job, "Tal
 
 def _load(weights: str | None, device: str, jobs: int | None = None) -> "Codec":
     """jobs: processes that there will be."""
-    from vqcodec.codec import Codec
-
-    if (jobs or 1) > 1:
-        import torch
-
-        torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
     with blame(), _bar("loading the model"):
+        from vqcodec.codec import Codec
+
+        if (jobs or 1) > 1:
+            import torch
+
+            torch.set_num_threads(1)  # threads would not survive a fork, and every core has a job anyway
         return Codec.load(weights, device)
 
 
@@ -292,8 +293,8 @@ def _tell_plan(plan: Plan, tally: "Tally", options: "_FileOptions") -> None:
         named = plan.left_out if options.verbose else plan.left_out[:5]
         names, more, hint = ", ".join(named), len(plan.left_out) - len(named), advice(plan.left_out)
         names += f" and {more} more (-v names them)" if more else ""
-        what = f"left out, as they cannot be read: {names}"
-        _complain(f"warning: {len(plan.left_out)} files " + (f"{what}: {hint}" if hint else what))
+        count = "1 file is" if len(plan.left_out) == 1 else f"{len(plan.left_out)} files are"
+        _complain(f"warning: {count} left out that cannot be read: {names}" + (f": {hint}" if hint else ""))
     if options.verbose and not options.as_json:
         for job in plan.skipped:
             _echo(f"{_printable(job.target)}  is up to date")
@@ -458,12 +459,15 @@ _engine = click.option(
     help="Where the jobs run: here, or on a Ray cluster.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON object per file, on a line of its own.")
+_strip = click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
+_keep_icc = click.option("--keep-icc", is_flag=True, help="With --strip: keep the ICC profile, and the colours in it.")
+_strip_gps = click.option("--strip-gps", is_flag=True, help="Leave out where it was taken (GPS in EXIF and XMP) alone.")
 _max_pixels = click.option(
     "--max-pixels",
     metavar="N",
     type=_count,
-    default=2**28,
-    help="Refuse larger pictures, before they take any memory.",
+    default=2**27,
+    help="Refuse larger pictures, and sides longer than 8 times its root, before they take any memory.",
 )
 
 
@@ -483,6 +487,9 @@ class _FileOptions:
     max_pixels: int
     verbose: bool
     quiet: bool
+    strip: bool
+    keep_icc: bool
+    strip_gps: bool
 
     def plan(self, suffix: str, endings: Callable[[], Collection[str]], pictures: bool = False) -> Plan:
         """As ``plan_jobs``."""
@@ -503,12 +510,18 @@ class _FileOptions:
         if not storage.existing([last]):
             raise UsageError(f"{last} is no input: to name a folder for the outputs, write -o FOLDER/")
 
+    def what_to_strip(self) -> "Strip":
+        if self.keep_icc and not self.strip:
+            raise UsageError("--keep-icc goes with --strip: without that, the ICC profile is kept anyway")
+        return "keep-icc" if self.keep_icc else self.strip or ("gps" if self.strip_gps else False)
+
     def load(self) -> "Codec":
         return _load(self.weights, self.device, self.jobs)
 
 
 _SHARED = (
-    _inputs, _out, _force, _resume, _jobs, _engine, _json, _verbose, _quiet, _device, _weights, _max_pixels
+    _inputs, _strip, _keep_icc, _strip_gps, _out, _force, _resume, _jobs, _engine, _json, _verbose, _quiet, _device,
+    _weights, _max_pixels,
 )  # fmt: skip
 
 
@@ -549,6 +562,19 @@ def main() -> None:
         warnings.simplefilter("ignore")  # Pillow's, of what becomes an error or a warning of ours
 
 
+class _Colour(click.ParamType):
+    name = "colour"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        from PIL import ImageColor
+
+        try:
+            red, green, blue, *_ = ImageColor.getrgb(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is not a colour: write it like white, #f0f0f0 or 'rgb(240, 240, 240)'", param, ctx)
+        return red, green, blue
+
+
 class _Size(click.ParamType):
     name = "size"
 
@@ -576,8 +602,8 @@ _positive = click.FloatRange(0, min_open=True)
     default=DEFAULT_EFFORT,
     help="From 0, the fastest, to 3, the most quality for the bytes.",
 )
-@click.option("--strip", is_flag=True, help="Leave ICC profile, EXIF and XMP out; looks stay the same.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed; the file is written all the same.")
+@click.option("--lenient", is_flag=True, help="Take what is there of truncated JPEG and PNG files, with a warning.")
 @_file_options
 def encode(
     options: _FileOptions,
@@ -586,8 +612,8 @@ def encode(
     target_bpp: float | None,
     target_psnr: float | None,
     effort: int,
-    strip: bool,
     strict: bool,
+    lenient: bool,
 ) -> None:
     """Compress pictures to .vq2 files.
 
@@ -602,8 +628,10 @@ def encode(
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
       vqcodec encode - -o - < photo.png > photo.vq2
 
-    INPUT may have any format that Pillow reads. Size, grey or colour, transparency, ICC profile, EXIF and XMP
-    are kept. A warning tells what is changed or dropped, such as 16-bit samples, CMYK and further frames.
+    INPUT may have any format that Pillow reads, HEIC with the package pillow-heif, and JPEG XL with
+    pillow-jxl-plugin. Size, grey or colour, transparency, ICC profile, EXIF, XMP and resolution are kept. A warning
+    tells what is changed or dropped, such as 16-bit samples, CMYK and further frames. Colours under full
+    transparency are not kept, and they do not count in --target-psnr. Raw photographs are refused.
 
     A target is met within 2 % of bytes or bits, metadata included, or within 0.1 dB, by some 3 to 10 encodings of
     the file at different qualities. If no quality meets it, the nearest is written, with a warning; --strict makes
@@ -611,12 +639,13 @@ def encode(
     """
     target = _target({"size": target_size, "bpp": target_bpp, "psnr": target_psnr})
     options.refuse_output_as_input(lambda: {".vq2"})
+    strip = options.what_to_strip()
     plan = options.plan(".vq2", _picture_endings, pictures=True)
     codec = options.load()
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, options.max_pixels), plan, codec, options, strict)
+    _do(Encode(quality, target, strip, effort, options.max_pixels, lenient), plan, codec, options, strict)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -643,17 +672,40 @@ def _target(targets: dict[Any, float | None]) -> "Target | None":
 
 
 def _picture_endings() -> Collection[str]:
-    from vqcodec.formats import register_plugins
     from vqcodec.image import endings
 
-    register_plugins()
     return endings()
 
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
+@click.option(
+    "--format", metavar="FORMAT", help="png, jpeg, webp, avif, tiff, bmp or ppm.  [default: as OUT ends, or png]"
+)
+@click.option(
+    "-q",
+    "--quality",
+    metavar="Q",
+    type=click.IntRange(1, 100),
+    help="Of JPEG, WebP and AVIF, from 1 to 100.  [default: 95; WebP: lossless]",
+)
+@click.option(
+    "--subsampling",
+    type=click.Choice(["4:4:4", "4:2:2", "4:2:0"]),
+    help="Of colour in JPEG and AVIF.  [default: 4:4:4]",
+)
+@click.option(
+    "--background", metavar="COLOUR", type=_Colour(), help="Put transparent pictures on it: white, #f0f0f0, ..."
+)
 @click.option("--preview", is_flag=True, help="Only the coarse grid: quick, blurred, unverified.")
 @_file_options
-def decode(options: _FileOptions, preview: bool) -> None:
+def decode(
+    options: _FileOptions,
+    format: str | None,
+    quality: int | None,
+    subsampling: str | None,
+    background: tuple[int, int, int] | None,
+    preview: bool,
+) -> None:
     """Turn .vq2 files back into pictures.
 
     \b
@@ -662,28 +714,35 @@ def decode(options: _FileOptions, preview: bool) -> None:
       vqcodec decode photo.vq2 -o photo.jpg     or .webp, .avif, .tiff, .bmp, .ppm
       vqcodec decode --preview half.vq2         what a truncated file still shows
       vqcodec decode small/ -o pictures/        a PNG file for each, the same tree
+      vqcodec decode --format jpg -q 85 small/ -o pictures/
+      vqcodec decode --background white logo.vq2 -o logo.jpg
       vqcodec decode - -o - < photo.vq2 > photo.png
 
-    The format is the one that the name of OUT ends in, or else PNG. A warning tells what it cannot hold. A
-    damaged file is refused: it never becomes a wrong picture.
+    The format is --format, or the one that the name of OUT ends in, or else PNG. A warning tells what it cannot hold;
+    only a transparent picture is refused where there is no transparency, unless there is a --background. A damaged
+    file is refused: it never becomes a wrong picture.
 
     --preview needs the beginning of the file only, as far as the end of its first grid; of a truncated file it shows
     no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
     first grid is mostly noticed, but not always.
     """
     options.refuse_output_as_input(_picture_endings)
-    plan = options.plan(".png", lambda: {".vq2"})
-    format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""  # several targets are all .png
+    strip = options.what_to_strip()
+    plan = options.plan(f".{format.lower()}" if format else ".png", lambda: {".vq2"})
+    if format is None:  # several targets end alike
+        format = os.path.splitext(plan.jobs[0].target)[1][1:] if plan.jobs else ""
     from PIL import Image
 
-    from vqcodec.image import from_pil, save
+    from vqcodec.image import from_pil
+    from vqcodec.output import Options, save
 
+    how = Options(quality, subsampling, background)
     with blame(plan.jobs[0].target if plan.jobs else ""):  # a format that cannot be written is refused before the work
-        save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format)
+        save(from_pil(Image.new("RGB", (1, 1))), BytesIO(), format, how)
     codec = options.load()
     from vqcodec.batch import Decode
 
-    _do(Decode(format, preview, options.max_pixels), plan, codec, options)
+    _do(Decode(format, preview, options.max_pixels, strip, how), plan, codec, options)
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -722,7 +781,7 @@ def info(
       bpp             bits per pixel: 8 x bytes / (width x height)
       fingerprint     of the model that wrote the file, hexadecimal
       chunks          bytes of each one present: grid1 (the coarsest, top),
-                      grid2 (bottom), ..., alpha, icc, exif, xmp
+                      grid2 (bottom), ..., flat, alpha, icc, exif, xmp
       camera, date    from EXIF, where it has them
       profile         name of the ICC profile, where it has one
 
@@ -758,7 +817,7 @@ def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Code
     from vqcodec.look import draw_grids
 
     drawn = BytesIO()
-    with blame(title(source)):
+    with blame(title(source)), _bar(source):
         draw_grids(codec, data, max_pixels).save(drawn, "PNG")
     write_file(target, drawn.getbuffer(), force)
 
@@ -853,12 +912,9 @@ def compare(
     data = read_file(source)
     codec = _load(weights, device)
     _check_qualities(codec, qualities)
-    from vqcodec.formats import register_plugins
     from vqcodec.image import read
     from vqcodec.look import compare as rows_of
     from vqcodec.look import page, source_facts
-
-    register_plugins()
 
     with blame(title(source)), _bar(source) as progress:
         original, rows = read(data, max_pixels), []
@@ -931,7 +987,7 @@ def sample(
     codec = _load(weights, device)
     _check_qualities(codec, [quality] if top is None else [])
     for n, target in targets.items():
-        with blame(title(top_from or target)):
+        with blame(title(top_from or target)), _bar(target):
             if top is None:
                 drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
             else:
@@ -939,7 +995,7 @@ def sample(
         encoded = BytesIO()
         drawn.save(encoded, "PNG")
         write_file(target, encoded.getbuffer(), force)
-        click.echo(_printable(target))
+        _echo(_printable(target))
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -968,9 +1024,9 @@ _path = click.Path(path_type=Path)
 @click.option("-o", "--output", metavar="RUN", type=_path, required=True, help="Folder to write.")
 @click.option(
     "--stage",
-    type=click.Choice(["vqvae", "prior", "joint"]),
+    type=click.Choice(["vqvae", "joint", "finish", "prior"]),
     default="vqvae",
-    help="Everything from scratch, only the priors, or everything from trained weights.",
+    help="Everything from scratch, everything from trained weights, all that reads codes, or only the priors.",
 )
 @click.option(
     "--config",
@@ -978,6 +1034,13 @@ _path = click.Path(path_type=Path)
     help="Layout of the model.  [default: vqcodec, or that of --start]",
 )
 @click.option("--start", metavar="FILE", type=_path, help="Weights to start from.")
+@click.option(
+    "--mix",
+    metavar="FOLDER SHARE",
+    type=(_path, click.FloatRange(0, 1, min_open=True, max_open=True)),
+    multiple=True,
+    help="Another folder, and its share of the crops: 0.08, for example.",
+)
 @click.option("--steps", metavar="N", type=_count, help="Length of the run in steps...")
 @click.option("--hours", metavar="H", type=click.FloatRange(0, min_open=True), help="... or in hours.")
 @click.option("--batch", metavar="N", type=_count, default=8, help="Crops per step and process.")
@@ -989,6 +1052,7 @@ def train(
     stage: "Stage",
     config: str | None,
     start: Path | None,
+    mix: tuple[tuple[Path, float], ...],
     steps: int | None,
     hours: float | None,
     batch: int,
@@ -1002,6 +1066,7 @@ def train(
       vqcodec train pictures/ -o runs/first --hours 10
       vqcodec train pictures/ -o runs/second --steps 20000 --stage joint \\
           --start runs/first/model.safetensors
+      vqcodec train pictures/ --mix screenshots/ 0.08 -o runs/both --hours 10
       torchrun --nproc-per-node 4 -m vqcodec -- train ...
 
     RUN gets log.jsonl, a checkpoint every few minutes, and at the end model.safetensors, which encode and
@@ -1014,18 +1079,21 @@ def train(
         raise click.UsageError("--start brings its own layout: leave --config out")
     if stage != "vqvae" and not start:
         raise click.UsageError(f"stage {stage} needs trained weights: give them with --start")
+    if (shares := sum(share for _, share in mix)) >= 1:
+        raise click.UsageError(f"the shares of --mix add up to {shares:g}: leave some for {images}")
     from vqcodec.quality import CONFIGS
     from vqcodec.training import trainer
     from vqcodec.training.data import find_images
     from vqcodec.weights import load_weights
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of many
-    with blame(str(images)):
-        find_images(images)  # before RUN is made
+    for folder in (images, *(folder for folder, _ in mix)):
+        with blame(str(folder)):
+            find_images(folder)  # before RUN is made
     with blame():
         layout = load_weights(start).config if start else CONFIGS[config or "vqcodec"]
     with blame(str(output)):
-        run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start)
+        run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start, mix)
         trainer.train(run, click.echo if first else lambda _: None)
     if first:
         click.echo(output / "model.safetensors")

@@ -10,6 +10,7 @@
             ModelMismatchError
             LimitError
         ImageError (also a ValueError)        the image to encode
+            TruncatedError
         WeightsError                          the installation
         DeviceError                           the machine
         WorkerError                           the machine, of a process that died
@@ -53,6 +54,10 @@ class LimitError(BitstreamError):
 
 class ImageError(VqcodecError, ValueError):
     """The input image's fault: it is not an image, truncated, or of a kind that is not supported."""
+
+
+class TruncatedError(ImageError):
+    """The pixels of the input image end early, or are damaged; the beginning of its file is in order."""
 
 
 class WeightsError(VqcodecError):

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageCms
 
 import cli
+from bitstream import container
 from vqcodec import __version__
 
 ROOT = Path(cli.__file__).parent
@@ -292,8 +293,12 @@ BAD_PICTURES = {
     "not an image": (b"#!/bin/sh\n", "bad: not an image"),
     "empty": (b"", "bad: the file is empty"),
     "truncated": (png()[:-200], "bad: the image cannot be decoded, it is truncated or damaged"),
-    "a .vq2 file": (b"\xf6VQ2\1", "bad: not an image"),
-    "pixel bomb": (huge_png(60000, 60000), "bad: the image has 60000 x 60000 = 3600000000 pixels"),
+    "a .vq2 file": (b"\xf6VQ2\1", "bad: it is a .vq2 file already: decode it"),
+    "a raw photograph": (
+        b"II*\0\x10\0\0\0CR\2\0" + bytes(64),
+        "bad: of a raw photograph only a small preview can be read",
+    ),
+    "pixel bomb": (huge_png(60000, 60000), "bad: the image has 60000 x 60000 pixels, the limit is"),
 }
 
 
@@ -316,7 +321,7 @@ BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated in a chunk": (lambda data: data[:-10], "truncated"),
     "without its end": (lambda data: data[:-1], "truncated"),
     "with bytes appended": (lambda data: data + b"..", "2 wrong bytes follow the end mark"),
-    "of a later version": (lambda data: data[:4] + b"\2" + data[5:], "format version 2, this release reads"),
+    "of a later version": (lambda data: data[:4] + b"\xff" + data[5:], "format version 255, this release reads"),
     "of other weights": (lambda data: data[:13] + bytes(8) + data[21:], "with model 0000000000000000"),
     "of a level too high": (lambda data: data[:5] + b"\7" + data[6:], "level 7"),
     "of wrong indices": (lambda data: data[:21] + bytes(4) + data[25:], "(stored 00000000, computed"),
@@ -611,7 +616,7 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
     assert rgb == {
         "file": "file.vq2",
         "bytes": len(vq2),
-        "version": 1,
+        "version": container.VERSION,
         "width": WIDTH,
         "height": HEIGHT,
         "mode": "RGB",
@@ -672,7 +677,7 @@ def test_info_shows_the_other_files_when_one_is_damaged(here: Path, vq2: bytes) 
 
 
 def test_info_reads_standard_input_and_sizes_beyond_every_limit(vq2: bytes) -> None:
-    wide = (vq2[:7] + b"\xff" * 3 + vq2[10:]).ljust(2**17, b"\0")  # with the padding that its size asks for
+    wide = (vq2[:7] + b"\xff" * 3 + vq2[10:]).ljust(2**21, b"\0")  # with the padding that its size asks for
     result = succeeded(run("info", "--json", "-", input=wide))
     assert (json.loads(result.stdout)["file"], json.loads(result.stdout)["width"]) == ("-", 2**24)
 

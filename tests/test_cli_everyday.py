@@ -191,6 +191,18 @@ def test_resume_does_again_what_is_older_than_its_input(here: Path, jobs: int) -
     assert "1 done, 1 skipped" in succeeded(listed).stdout
 
 
+@posix
+def test_an_output_that_is_a_link_to_nothing_is_replaced_if_one_asks(here: Path, photos: Path) -> None:
+    (here / "a.vq2").symlink_to(here / "elsewhere")
+    refused(encode("photos/a.png", "-o", "a.vq2", "-q", 2), "a.vq2: exists already: use -f")
+    succeeded(encode("photos/a.png", "-o", "a.vq2", "-q", 2, "--resume"))
+    assert size_of(here / "a.vq2") == (40, 30) and not (here / "elsewhere").exists()
+    (here / "a.vq2").unlink()
+    (here / "a.vq2").symlink_to(here / "elsewhere")
+    succeeded(encode("photos/a.png", "-o", "a.vq2", "-q", 2, "-f"))
+    assert not (here / "a.vq2").is_symlink()
+
+
 def test_names_of_outputs_stay_when_siblings_come_and_go(here: Path) -> None:
     (here / "in").mkdir()
     options = ["in", "-o", "out", "-q", 2, "--resume"]
@@ -243,7 +255,9 @@ def test_a_pipe_in_a_folder_is_left_out_by_name(here: Path, photos: Path) -> Non
     os.mkfifo(photos / "trip" / "other")
     result = encode("photos", "-o", "out", "-q", 2)
     assert tree(here / "out") == PICTURES
-    assert "warning: 1 files left out, as they cannot be read: photos/trip/pipe.png\n" in result.stderr
+    assert (
+        "warning: 1 file is left out that cannot be read: photos/trip/pipe.png (a pipe or the like)\n" in result.stderr
+    )
     assert "2 failed, 1 left out" in result.stdout
 
 
@@ -297,19 +311,21 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(
     for name in ("d.HEIC", "heic"):
         (photos / name).write_bytes(HEIC)
     (photos / "Makefile").write_text("all:")
-    (photos / "noending").write_bytes(png())
+    for name in ("noending", "2026.11.26", "2026.11.27"):
+        (photos / name).write_bytes(png())
+    (photos / "2026.11.28").write_bytes(b"a diary")
     result = encode("photos", "-o", "out", "-q", 2)
-    assert tree(here / "out") == sorted([*PICTURES, "noending.vq2"])
+    assert tree(here / "out") == sorted([*PICTURES, "noending.vq2", "2026.11.26.vq2", "2026.11.27.vq2"])
     named = [f"photos/{name}" for name in ("c.NEF", "d.HEIC", "e.svg", "heic", "trip/b.DNG")]
     advice = "develop raw files first, HEIC needs pip install 'vqcodec[heif]'"
-    assert f"warning: 5 files left out, as they cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
+    assert f"warning: 5 files are left out that cannot be read: {', '.join(named)}: {advice}\n" in result.stderr
     assert "2 failed, 5 left out" in result.stdout
     (photos / "f.jxr").write_bytes(b"")
     assert "photos/heic and 1 more (-v names them)" in encode("photos", "-o", "out", "-q", 2, "-f").stderr
     assert "photos/heic, photos/trip/b.DNG: develop" in encode("photos", "-o", "out", "-q", 2, "-f", "-v").stderr
     (here / "raw").mkdir()
     (here / "raw" / "a.NEF").write_bytes(b"")
-    refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 that look like it cannot be read: develop raw")
+    refused(encode("raw", "-o", "out"), "raw: no files to work on", "1 in it cannot be read: develop raw")
 
 
 def test_pictures_of_phones_are_read_where_the_package_for_them_is_installed(here: Path, photos: Path) -> None:
@@ -448,7 +464,9 @@ def test_bad_targets_are_bad_usage(photo: Path, args: list[str]) -> None:
 
 
 def test_a_preview_shows_a_file_that_is_cut_off_behind_its_first_grid(photo: Path, codec: Codec) -> None:
-    Image.open(photo).convert("RGBA").save("photo.png")
+    image = Image.open(photo).convert("RGBA")
+    image.putalpha(100)
+    image.save("photo.png")
     succeeded(encode("photo.png", "-q", 2))
     data = Path("photo.vq2").read_bytes()
     succeeded(run("decode", "--preview", "photo.vq2", "-o", "whole.png"))

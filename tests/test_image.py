@@ -25,11 +25,11 @@ from vqcodec.image import (
     from_pil,
     pack_alpha,
     read,
-    save,
     stripped,
     to_pil,
     unpack_alpha,
 )
+from vqcodec.output import save
 
 PIL_MODE = {
     ColourMode.GREY: "L",
@@ -141,8 +141,8 @@ CONVERTED = {
     "YCbCr": (pixel("YCbCr", (90, 128, 128)), RGB, (90, 90, 90), "YCbCr was converted to RGB"),
     "HSV": (pixel("HSV", (0, 255, 90)), RGB, (90, 0, 0), "HSV was converted to RGB"),
     "LAB": (pixel("LAB", (0, 128, 128)), RGB, (0, 0, 0), "LAB was converted to RGB"),
-    "I;16": (pixel("I;16", 0x12A0), GREY, (0x13,), "16-bit samples"),
-    "I;16B": (pixel("I;16B", 0x1280), GREY, (0x12,), "16-bit samples"),
+    "I;16": (pixel("I;16", 0x40F0), GREY, (0x41,), "16-bit samples"),
+    "I;16B": (pixel("I;16B", 0x4080), GREY, (0x40,), "16-bit samples"),
     "I": (pixel("I", 70000), GREY, (255,), "65535 or more is white"),
     "F up to 1": (pixel("F", 0.2), GREY, (51,), "1 or more is white"),
     "F up to 255": (pixel("F", 50.6), GREY, (51,), "255 or more is white"),
@@ -196,15 +196,14 @@ def test_colours_of_16_bits_are_noted_although_pillow_hides_them() -> None:
     ("format", "field", "bits"), [("AVIF", b"pixi\0\0\0\0\3", 10), ("JPEG2000", b"\xff\x4f\xff\x51", 12)]
 )
 def test_the_depth_that_a_header_declares_is_noted_where_pillow_hides_it(format: str, field: bytes, bits: int) -> None:
-    """Pillow writes no such files, so the header is changed after it was opened, before the pixels are decoded."""
+    """Pillow writes no such files, so the header is changed once it is opened, before the pixels are decoded."""
     data = file_of(Image.new("RGB", (8, 8), "red"), format)
     assert read(data).notes == []
-    image = Image.open(io.BytesIO(data))
+    opened = Image.open(io.BytesIO(data))
     at = data.index(field) + (len(field) if format == "AVIF" else 42)
     depth = bits if format == "AVIF" else bits - 1
-    image.load()
-    image.fp = io.BytesIO(data[:at] + bytes([depth]) + data[at + 1 :])
-    assert from_pil(image).notes == [f"{bits}-bit samples were reduced to 8 bits"]
+    picture = image._from_file(opened, data[:at] + bytes([depth]) + data[at + 1 :])
+    assert picture.notes == [f"{bits}-bit samples were reduced to 8 bits"]
 
 
 def test_a_cmyk_jpeg_has_the_colours_that_pillow_gives_it() -> None:
@@ -550,11 +549,19 @@ def test_an_unknown_format_is_refused_with_the_known_ones(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metadata_too_long_for_the_format_is_refused() -> None:
-    picture = from_array(noise(4, 5, 3))
-    picture.xmp = bytes(70000)
-    with pytest.raises(ImageError, match="JPEG cannot hold.*too long"):
-        save(picture, io.BytesIO(), "jpeg")
+@pytest.mark.parametrize(
+    ("kind", "content"), [("xmp", XMP * 2000), ("exif", exif() + bytes(70000)), ("icc", SRGB + bytes(17_000_000))]
+)
+def test_metadata_too_long_for_the_format_is_left_out_with_a_note(kind: str, content: bytes) -> None:
+    picture, file = from_array(noise(4, 5, 3)), io.BytesIO()
+    picture.icc, picture.exif, picture.xmp = SRGB, exif(6), XMP
+    setattr(picture, kind, content)
+    notes = save(picture, file, "jpeg")
+    assert notes == [f"JPEG cannot hold the {kind.upper()} data of {len(content):,} bytes: it was left out"]
+    again = read(file.getvalue())
+    kept = {name: getattr(again, name) for name in ("icc", "exif", "xmp")}
+    assert kept == {"icc": SRGB, "exif": exif(6), "xmp": XMP, kind: None}
+    assert picture.notes == [] and getattr(picture, kind) == content, "the caller's stays as it is"
 
 
 @pytest.mark.parametrize(
@@ -612,7 +619,7 @@ def test_alpha_that_is_not_8_bit_grey_png_of_this_size_is_damage(data: bytes) ->
 
 @pytest.mark.parametrize("fault", wrong_alphas())
 def test_any_other_png_is_refused_before_pillow_sees_it(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image, "_open", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(image, "open_image", lambda *_: pytest.fail("opened"))
     with pytest.raises(DamagedError, match="48 x 40 pixels in 8-bit grey"):
         unpack_alpha(wrong_alphas()[fault], 48, 40)
 
@@ -645,7 +652,7 @@ def test_no_more_of_an_alpha_is_inflated_than_the_picture_has() -> None:
 def test_an_alpha_that_pillow_reads_otherwise_is_refused_before_it_is_loaded(
     other: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image, "_open", lambda *_: other)
+    monkeypatch.setattr(image, "open_image", lambda *_: other)
     monkeypatch.setattr(other, "load", lambda: pytest.fail("loaded"))
     with pytest.raises(DamagedError, match="cannot be decoded"):
         unpack_alpha(pack_alpha(noise(4, 5)), 5, 4)

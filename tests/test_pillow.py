@@ -1,5 +1,6 @@
 """The Pillow plugin, in the manner of Pillow's own tests of its formats."""
 
+import dataclasses
 import importlib
 import io
 import subprocess
@@ -76,6 +77,8 @@ def test_save_round_trip(codec: Codec, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode, back", [("1", "L"), ("L", "L"), ("P", "RGB"), ("LA", "LA"), ("RGBA", "RGBA")])
 def test_modes(mode: str, back: str) -> None:
     image = Image.open(PHOTO).resize((40, 30)).convert(mode)
+    if "A" in mode:
+        image.putalpha(100)
     with Image.open(io.BytesIO(saved(image))) as again:
         assert (again.mode, again.size) == (back, (40, 30))
 
@@ -94,6 +97,14 @@ def test_metadata_is_kept_replaced_or_left_out() -> None:
     assert not (stripped.icc or stripped.exif or stripped.xmp)
     assert changed.icc is None and changed.xmp == kept.xmp
     assert changed.exif is not None and b"new description" in changed.exif
+
+
+def test_exif_that_is_none_is_dropped_with_a_warning() -> None:
+    parts = container.unpack((FILES / "metadata.vq2").read_bytes())
+    forged = container.pack(dataclasses.replace(parts, exif=b"no EXIF"))
+    with pytest.warns(UserWarning, match="EXIF data is damaged") as caught, Image.open(io.BytesIO(forged)) as image:
+        assert "exif" not in image.info and image.info["xmp"] == parts.xmp
+    assert caught[0].filename == __file__
 
 
 def test_what_cannot_be_kept_is_a_warning() -> None:

@@ -115,7 +115,7 @@ def test_a_folder_in_an_archive_is_encoded_like_any_other(here: Path, memory: di
     succeeded(encode("zip://trip/b.png::a.zip", "-o", "one/"))
     assert (here / "one" / "b.vq2").is_file()
     refused(encode("zip://none.png::a.zip", "-o", "none.vq2"), "zip://none.png::a.zip: no such file")
-    refused(encode("zip://a.png::a.zip"), "zip://a.vq2::a.zip: ")  # which is not written into
+    refused(encode("zip://a.png::a.zip"), "zip://a.vq2::a.zip: an archive is only read: choose another place with -o")
     assert zipfile.ZipFile(here / "a.zip").namelist() == ["a.png", "trip/b.png", "trip/day 2/c.png"]
 
 

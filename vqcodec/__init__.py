@@ -1,6 +1,6 @@
 """vqcodec: a learned image codec whose files decode to the same indices on every machine.
 
->>> data = vqcodec.encode(image, quality=5)   # PIL image or uint8 array -> bytes of a .vq2 file
+>>> data = vqcodec.encode(image, quality=5)   # PIL image, uint8 array or picture file -> bytes of a .vq2 file
 >>> image = vqcodec.decode(data)              # -> PIL image
 >>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
 
@@ -26,6 +26,7 @@ from bitstream.errors import (
     ModelMismatchError,
     NotVq2Error,
     StorageError,
+    TruncatedError,
     UnsupportedVersionError,
     UsageError,
     VqcodecError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from vqcodec.codec import Codec
-    from vqcodec.image import Picture
+    from vqcodec.image import Picture, Source, Strip
     from vqcodec.targets import Reached, Target
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "NotVq2Error",
     "StorageError",
     "Target",
+    "TruncatedError",
     "UnsupportedVersionError",
     "UsageError",
     "VqcodecError",
@@ -102,19 +104,13 @@ def _codec(device: str) -> "Codec":
     return _default[device]
 
 
-def _picture(image: "Image.Image | ArrayLike | Picture", strip: bool) -> "Picture":
+def _picture(image: "Image.Image | ArrayLike | Picture | Source", strip: "Strip") -> "Picture":
     """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
-    import numpy as np
-    from PIL import Image
+    from vqcodec.image import picture_of, stripped
 
-    from vqcodec.image import Picture, from_array, from_pil, stripped
-
-    known = 0
-    if isinstance(image, Picture):
-        picture, known = image, len(image.notes)
-    else:
-        picture = from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
-    picture = stripped(picture) if strip else picture
+    picture = picture_of(image)
+    known = len(picture.notes) if picture is image else 0
+    picture = stripped(picture, strip)
     _warn(picture.notes[known:], stacklevel=4)
     return picture
 
@@ -126,10 +122,10 @@ def _warn(notes: Sequence[str], stacklevel: int) -> None:
 
 
 def encode(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     quality: float = DEFAULT_QUALITY,
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> bytes:
@@ -138,10 +134,10 @@ def encode(
 
 
 def encode_to(
-    image: "Image.Image | ArrayLike | Picture",
+    image: "Image.Image | ArrayLike | Picture | Source",
     target: "Target",
     *,
-    strip: bool = False,
+    strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> "Reached":
@@ -153,11 +149,11 @@ def encode_to(
 
 
 def decode(
-    data: bytes, *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
+    data: "Source", *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    from vqcodec.image import to_pil
+    from vqcodec.image import contents, to_pil
 
-    picture = _codec(device).decode_picture(data, max_pixels, preview=preview)
+    picture = _codec(device).decode_picture(contents(data), max_pixels, preview=preview)
     _warn(picture.notes, stacklevel=3)
     return to_pil(picture)

@@ -27,9 +27,9 @@ import torch
 
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec, Progress
-from vqcodec.formats import register_plugins
-from vqcodec.image import read, save, stripped
+from vqcodec.image import Strip, read, stripped
 from vqcodec.jobs import Job, begin
+from vqcodec.output import Options, save
 from vqcodec.targets import Target
 
 Item = TypeVar("Item")
@@ -61,16 +61,14 @@ class Encode:
 
     quality: float
     target: Target | None
-    strip: bool
+    strip: Strip
     effort: int
     max_pixels: int
+    lenient: bool = False
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
-        register_plugins()
-        picture = read(data, self.max_pixels)
-        if self.strip:
-            picture = stripped(picture)
+        picture = stripped(read(data, self.max_pixels, lenient=self.lenient), self.strip)
         height, width = picture.pixels.shape[:2]
         quality, miss = None, ""
         if self.target is None:
@@ -86,18 +84,21 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """A .vq2 file to a picture file. format: as in ``vqcodec.image.save``; preview: as in ``Codec.decode``."""
+    """A .vq2 file to a picture file. format and options: as in ``vqcodec.output.save``; preview: as in
+    ``Codec.decode``; strip: as in ``vqcodec.image.stripped``."""
 
     format: str
     preview: bool
     max_pixels: int
+    strip: Strip = False
+    options: Options = Options()
 
     def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
         started = time.monotonic()
-        picture = codec.decode_picture(data, self.max_pixels, progress, self.preview)
+        picture = stripped(codec.decode_picture(data, self.max_pixels, progress, self.preview), self.strip)
         height, width = picture.pixels.shape[:2]
         notes, encoded = list(picture.notes), BytesIO()
-        losses = save(picture, encoded, self.format)
+        losses = save(picture, encoded, self.format, self.options)
         return Made(encoded.getvalue(), width, height, time.monotonic() - started, notes, losses)
 
 

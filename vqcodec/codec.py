@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,20 @@ from bitstream.indices import Counter, IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
-from vqcodec.image import Picture, from_array, from_pil, pack_alpha, stripped, to_pil, unpack_alpha
+from vqcodec.alpha import prepared
+from vqcodec.image import (
+    Picture,
+    Source,
+    Strip,
+    bounded_icc,
+    checked_exif,
+    contents,
+    pack_alpha,
+    picture_of,
+    stripped,
+    to_pil,
+    unpack_alpha,
+)
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
 from vqcodec.models.tiling import Step, run_tiled
@@ -71,33 +83,37 @@ class Codec:
 
     def encode(
         self,
-        image: "Image.Image | ArrayLike | Picture",
+        image: "Image.Image | ArrayLike | Picture | Source",
         quality: float = DEFAULT_QUALITY,
         *,
-        strip: bool = False,
+        strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> bytes:
         """Compress an image.
 
-        image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture. quality: 1 (smallest)
-        to 8 (best), fractions allowed. strip: leave ICC, EXIF and XMP out. effort: 0 to 3, from 1 on the latents are
-        fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
+        image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture; or a picture file: its
+        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. strip: leave ICC, EXIF
+        and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
+        are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
+        An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
-        return PictureEncoder(self, stripped(picture) if strip else picture, effort).encode(quality, progress)
+        picture = picture_of(image)
+        return PictureEncoder(self, stripped(picture, strip), effort).encode(quality, progress)
 
     def decode(
         self,
-        data: bytes,
+        data: Source,
         *,
         preview: bool = False,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         progress: Progress | None = None,
     ) -> Image.Image:
         """Decompress a .vq2 file: an image of mode L, RGB, LA or RGBA with its metadata in ``info``.
+
+        data: the bytes of the file, its path, or an open file.
 
         preview: decode the coarsest grid alone, which gives a blurred image of full size in a fraction of the time, of
         a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
@@ -106,7 +122,7 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
         """
-        return to_pil(self.decode_picture(data, max_pixels, progress, preview))
+        return to_pil(self.decode_picture(contents(data), max_pixels, progress, preview))
 
     def decode_picture(
         self,
@@ -133,7 +149,8 @@ class Codec:
         grids = indices.pop(header, parts.grids[:1], progress) if preview else indices.decode(parts, progress)
         blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
         pixels = _pixels(self, grids, header.level - 1, (header.height, header.width), header.colour, blocks)
-        return Picture(pixels, header.colour.shown, alpha, parts.icc, parts.exif, parts.xmp, notes)
+        icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
+        return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
 
     def examine(self, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> list[tuple[Grid, NDArray[np.float32]]]:
         """Of each grid of a file the indices and the bits of every index, (M, h, w). Raises BitstreamError."""
@@ -143,10 +160,10 @@ class Codec:
 
     def encode_to(
         self,
-        image: "Image.Image | ArrayLike | Picture",
+        image: "Image.Image | ArrayLike | Picture | Source",
         target: Target,
         *,
-        strip: bool = False,
+        strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
     ) -> Reached:
@@ -155,13 +172,13 @@ class Codec:
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
         strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
-        picture = image if isinstance(image, Picture) else _picture(image)
-        encoder = PictureEncoder(self, stripped(picture) if strip else picture, effort)
+        picture = picture_of(image)
+        encoder = PictureEncoder(self, stripped(picture, strip), effort)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)
             if target.kind == "psnr":
-                return data, psnr(encoder.picture.pixels, encoder.decoded())
+                return data, psnr(encoder.picture.pixels, encoder.decoded(), encoder.picture.alpha)
             scale = 8 / (encoder.width * encoder.height) if target.kind == "bpp" else 1
             return data, scale * len(data)
 
@@ -225,10 +242,6 @@ class Codec:
         return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
 
 
-def _picture(image: Any) -> Picture:
-    return from_pil(image) if isinstance(image, Image.Image) else from_array(np.asarray(image))
-
-
 class PictureEncoder:
     """One picture on its way to a file, at any number of qualities.
 
@@ -243,11 +256,12 @@ class PictureEncoder:
             )
         if not 0 <= effort < len(refine.STEPS):
             raise ValueError(f"effort {effort} is not in 0..{len(refine.STEPS) - 1}")
-        self.codec, self.picture = codec, picture
+        self.codec, self.picture = codec, prepared(picture)
         self.size = self.height, self.width
         self.cells = codec.indices.weights.shape(0, *self.size)
         # Without rate the nearest codes are what was asked for.
         self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
+        picture = self.picture
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         equal = (picture.pixels == picture.pixels[..., :1]).all()
         self.colour = picture.colour.equal if equal else picture.colour

@@ -1,7 +1,6 @@
 """Pictures that Pillow does not read by itself: plugins for some, and what to say of the others."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Collection, Sequence
 
@@ -15,12 +14,11 @@ RAW = {
 HEIF = {".heic", ".heics", ".heif", ".heifs", ".hif"}
 JPEG_XL = {".jxl"}
 OTHERS = {".exr", ".hdp", ".hdr", ".jxr", ".kra", ".svg", ".svgz", ".wdp", ".xcf"}
+_PICTURES = RAW | HEIF | JPEG_XL | OTHERS
 
-_ADVICE = (
-    (RAW, "develop raw files first"),
-    (HEIF, "HEIC needs pip install 'vqcodec[heif]'"),
-    (JPEG_XL, "JPEG XL needs pip install pillow-jxl-plugin"),
-)
+# Formats that Pillow reads with a plugin, by its name for them, and how to get that.
+PLUGINS = {"HEIF": "HEIC needs pip install 'vqcodec[heif]'", "JXL": "JPEG XL needs pip install 'vqcodec[jxl]'"}
+_ADVICE = ((RAW, "develop raw files first"), (HEIF, PLUGINS["HEIF"]), (JPEG_XL, PLUGINS["JXL"]))
 
 # The first bytes of formats -> their ending; dots stand for any byte.
 _SIGNATURES = (
@@ -40,29 +38,32 @@ _SIGNATURES = (
 )
 
 
-@functools.cache
-def register_plugins() -> None:
-    """Pillow reads HEIC and JPEG XL from now on, where the packages for them are installed."""
-    with contextlib.suppress(ImportError):
-        from pillow_heif import register_heif_opener
+def plugged(format: str) -> bool:
+    """Makes Pillow know one of `PLUGINS` if the package for it is installed."""
+    from PIL import Image
 
-        register_heif_opener()
-    with contextlib.suppress(ImportError):
-        import pillow_jxl  # noqa: F401
+    if format not in Image.OPEN:
+        with contextlib.suppress(ImportError):
+            if format == "HEIF":
+                import pillow_heif
+
+                pillow_heif.register_heif_opener()
+            else:
+                import pillow_jxl  # noqa: F401
+    return format in Image.OPEN
 
 
 def look_closer(folder: str, names: Sequence[str], endings: Collection[str]) -> tuple[list[str], list[str]]:
     """Of files whose endings are not among those that can be read: pictures without an ending that can be read all the
-    same, and pictures that cannot."""
+    same, and pictures that cannot. What follows the last dot of "2026.11.26" is no ending either."""
     readable, others = [], []
     for name in names:
         ending = os.path.splitext(name)[1].lower()
-        if not ending:
+        if ending not in _PICTURES and not ending[1:].isalpha():
             ending = _ending_by_content(storage.join(folder, name))
-            if ending in endings:
-                readable.append(name)
-                continue
-        if ending in RAW | HEIF | JPEG_XL | OTHERS:
+        if ending in endings:
+            readable.append(name)
+        elif ending in _PICTURES:
             others.append(name)
     return readable, others
 

@@ -1,32 +1,37 @@
 """Image files <-> `Picture`: 8-bit pixels, alpha, metadata, and a note on whatever was lost.
 
-Kept: size, grey or colour, alpha, ICC profile, XMP, EXIF (orientation included, which is not applied).
-Lost with a note: what 8 bits of grey or RGB cannot hold, such as deeper samples, CMYK and further frames.
-Lost without one: other metadata, such as comments, text chunks and a resolution outside EXIF.
+Kept: size, grey or colour, alpha, ICC profile, XMP, EXIF (orientation included, which is not applied), resolution (in
+EXIF), and colours that the file declares otherwise (as an ICC profile).
+Lost with a note: what 8 bits of grey or RGB cannot hold, such as deeper samples, CMYK and further frames, and other
+metadata, such as comments, text chunks, IPTC and what follows the picture in its file.
 """
 
 import contextlib
 import errno
 import os
+import re
 import struct
-import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, over_limit
-from bitstream.errors import DamagedError, ImageError
-from vqcodec.files import write_atomically
+from bitstream.errors import DamagedError, ImageError, TruncatedError
+from vqcodec import colour as colours
+from vqcodec import exif as exif_block
+from vqcodec import source
+from vqcodec.formats import PLUGINS, plugged
 
 Bytes = NDArray[np.uint8]
+Rgb = tuple[int, int, int]
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO  # of a file: where it is, or what is in it
 
 
 @dataclass
@@ -52,28 +57,58 @@ class Picture:
 # --- in ---
 
 
-def read(source: str | os.PathLike[str] | bytes | BinaryIO, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
+def read(file: Source, max_pixels: int = DEFAULT_MAX_PIXELS, *, lenient: bool = False) -> Picture:
     """The picture in a file of any format that Pillow reads: a path, the file's bytes, or an open file.
 
-    Errors: ImageError if it is not an image, empty, truncated, damaged, or larger than `max_pixels` allow, for a
-    .vq2 file and for this (bitstream/container.py, section 1; checked before anything is decoded). OSError, as it
-    comes, if the file cannot be read.
+    lenient: read what is there of a truncated JPEG or PNG file, with a note.
+    Errors: ImageError if it is not an image, empty, truncated, damaged, a raw photograph, or larger than `max_pixels`
+    allow, for a .vq2 file and for this (bitstream/container.py, section 1; checked before anything is decoded).
+    OSError, as it comes, if the file cannot be read.
     """
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            return read(file, max_pixels)
-    if isinstance(source, bytes):
-        source = BytesIO(source)
-    elif not source.seekable():  # a pipe
-        source = BytesIO(source.read())
-    if not source.seek(0, os.SEEK_END):
+    data = contents(file)
+    if not data:
         raise ImageError("the file is empty: it has no image in it")
+    try:
+        return _read(data, max_pixels)
+    except TruncatedError as error:
+        if not lenient:
+            hint = ": --lenient takes what is there" if data.startswith(source.COMPLETABLE) else ""
+            raise ImageError(f"{error}{hint}") from error
+        try:
+            completed = source.completed(data)
+        except zlib.error:  # not only truncated
+            completed = None
+        if completed is None:
+            raise
+        picture = _read(completed, max_pixels)
+        picture.notes.append("the file is truncated or damaged: what is missing of the picture is grey, black or clear")
+        return picture
+
+
+def contents(file: Source) -> bytes:
+    """All bytes of a path, an open file, from its beginning if it can go there, or what is bytes already."""
+    if isinstance(file, (bytes, bytearray, memoryview)):
+        return bytes(file)
+    if isinstance(file, (str, os.PathLike)):
+        return Path(file).read_bytes()
+    if file.seekable():
+        file.seek(0)
+    return file.read()
+
+
+def _read(data: bytes, max_pixels: int) -> Picture:
+    notes: list[str] = []
+    source.refuse_other_kinds(data)
+    light, info = source.lightened(data, notes)
     with _decoding():
-        image = _open(source)
+        image = open_image(BytesIO(light))
+        image.info.update(info)
     excess = over_limit(*image.size, max_pixels)
     if excess:
         raise ImageError(f"{excess}: raise the limit to read it")
-    return from_pil(image)
+    picture = _from_file(image, data)
+    picture.notes[:0] = notes
+    return picture
 
 
 # Pillow says what these are, and has no decoder for them.
@@ -81,8 +116,10 @@ _WITHOUT_DECODER = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def endings() -> set[str]:
-    """Endings of the formats that Pillow reads, lower case, with their dots; .vq2 is none, it is encoded already."""
+    """Endings of the formats that are read here, lower case, with their dots; .vq2 is none, it is encoded already."""
     Image.init()  # knows all formats; before, only those that somebody has used
+    for format in PLUGINS:
+        plugged(format)
     readable = Image.OPEN.keys() - _WITHOUT_DECODER - {"VQ2"}
     return {ending for ending, format in Image.registered_extensions().items() if format in readable}
 
@@ -90,28 +127,60 @@ def endings() -> set[str]:
 def from_pil(image: Image.Image) -> Picture:
     """A Pillow image of any mode, loaded here if it is not yet. `image` keeps its pixels and mode.
 
-    Errors: ImageError if its data is damaged or its mode unknown.
+    Errors: ImageError if its data is damaged, its mode unknown, or it is but the thumbnail of a raw photograph.
     """
     if 0 in image.size:
         raise ImageError(f"the image has {image.width} x {image.height} pixels: there is nothing to encode")
+    return _from_file(image, _file_of(image))
+
+
+def _from_file(image: Image.Image, data: bytes) -> Picture:
+    """`from_pil` of an image from a file of which these are the bytes, or nothing if there is none."""
     notes: list[str] = []
-    with _decoding():
+    with _decoding(TruncatedError):
         frames = getattr(image, "n_frames", 1) if image.format != "PSD" else 1  # PSD: layers of one picture
-        deep = _has_deep_colours(image)  # loading hides it
-        declared = _declared_depth(image)
+        if image.format == "TIFF" and data.startswith(source.TIFF_MAGIC):
+            source.refuse_other_kinds(data)
+            page, chained = source.full_page(data)
+            frames = chained or frames
+            if image.tell() == 0 and page:
+                image.seek(page)
+        depth, key = source.depth(image, data), source.transparent_grey(image)  # loading hides them
         image.load()
         if frames > 1:
             notes.append(f"only frame {image.tell() + 1} of {frames} was read")
-        if deep or declared > 8:
-            notes.append(f"{16 if deep else declared}-bit samples were reduced to 8 bits")
-        icc = _bytes(image.info.get("icc_profile"))
-        exif = _exif(image, notes)
-        xmp = _bytes(image.info.get("xmp"))
+        if depth > 8:
+            notes.append(f"{depth}-bit samples were reduced to 8 bits")
+        icc = _bytes(image.info.get("icc_profile")) or source.icc(image, data)
+        if icc is None and "icc_profile" in image.info:
+            notes.append("the ICC profile is damaged and was dropped")
+        exif = _exif(image, data, notes)
+        xmp = source.joined_xmp(image, _bytes(image.info.get("xmp")), notes)
+        notes += source.losses(image, data)
+        if icc is None and image.mode != "CMYK":
+            icc = _declared_icc(image, data, exif, notes)
         if image.mode == "CMYK":
             image, icc = _from_cmyk(image, icc, notes), None
-        picture = _from_bands(np.array(_plain(image, deep, notes)))
+        if key is not None:
+            image = image.copy()
+            image.info["transparency"] = key
+        picture = _from_bands(np.array(_plain(image, depth == 16, notes)))
+    if depth == 16:
+        notes += _faint(int(picture.pixels.max()) * 257, 65535)
     icc = _matching(icc, picture.colour, notes)
     return replace(picture, icc=icc, exif=exif, xmp=xmp, notes=notes)
+
+
+def _file_of(image: Image.Image) -> bytes:
+    """The file behind an image that is not loaded yet; nothing behind others."""
+    file = getattr(image, "fp", None)
+    if not getattr(image, "tile", None) or file is None or file.closed:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return bytes(data)
 
 
 def from_array(array: NDArray[Any]) -> Picture:
@@ -129,32 +198,56 @@ def from_array(array: NDArray[Any]) -> Picture:
     return _from_bands(array)
 
 
+def picture_of(image: "Image.Image | ArrayLike | Picture | Source") -> Picture:
+    """Whatever may be meant by an image: one of Pillow, an array, a picture file, or a Picture, which stays the same.
+
+    Errors: as in `from_pil`, `from_array` and `read`.
+    """
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    if isinstance(image, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(image, "read"):
+        return read(image)  # type: ignore[arg-type]
+    return from_array(np.asarray(image))
+
+
 def _from_bands(bands: Bytes) -> Picture:
     """(H, W) or (H, W, C): grey, grey and alpha, RGB, or RGB and alpha."""
     bands = bands.reshape(*bands.shape[:2], -1)
     channels = bands.shape[2]
     colour = (ColourMode.GREY, ColourMode.GREY_ALPHA, ColourMode.RGB, ColourMode.RGBA)[channels - 1]
-    pixels = bands[..., :3] if _has_hue(colour) else np.repeat(bands[..., :1], 3, axis=2)
+    pixels = bands[..., :3] if colour.has_hue else np.repeat(bands[..., :1], 3, axis=2)
     alpha = np.ascontiguousarray(bands[..., -1]) if colour.has_alpha else None
     return Picture(np.ascontiguousarray(pixels), colour, alpha)
 
 
-_pillow_limit = threading.Lock()
+def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.Image:
+    """`Image.open` without its limit of pixels, which is lower than ours and a global, other threads' as well: check
+    the size next.
 
-
-def _open(file: BinaryIO, formats: list[str] | None = None) -> Image.Image:
-    """`Image.open` without Pillow's pixel limit, a global that is lower than ours: check the size next."""
-    with _pillow_limit:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(file, formats=formats)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    formats: names of those that it may have; by default all.
+    """
+    prefix, reason = file.read(16), "not an image, or not in a format that Pillow reads"
+    for load in (Image.preinit, Image.init):  # the most frequent formats, then all
+        load()
+        for format in formats or Image.ID:
+            factory, accept = Image.OPEN.get(format, (None, None))
+            accepted = False
+            try:
+                accepted = accept is not None and accept(prefix) is True
+                if factory and (accepted or accept is None):
+                    file.seek(0)
+                    return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:  # not this format: Pillow's convention
+                if accepted:
+                    reason = f"it begins like {format} and is damaged, or of a kind that cannot be read ({error})"
+    raise UnidentifiedImageError(reason)
 
 
 @contextlib.contextmanager
-def _decoding() -> Iterator[None]:
-    """Turns what Pillow's decoders raise into ImageError.
+def _decoding(kind: type[ImageError] = ImageError) -> Iterator[None]:
+    """Turns what Pillow's decoders raise into ImageError, or a kind of it.
 
     Broken data makes them raise nearly anything (SyntaxError, struct.error, IndexError...), so only what is
     surely something else passes: a full memory, and what the file system reports.
@@ -164,12 +257,12 @@ def _decoding() -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not an image, or not in a format that Pillow reads") from error
+        raise ImageError(str(error)) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a bad seek
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"the image cannot be decoded, it is truncated or damaged ({reason})") from error
+        raise kind(f"the image cannot be decoded, it is truncated or damaged ({reason})") from error
 
 
 # --- modes ---
@@ -194,56 +287,36 @@ def _plain(image: Image.Image, deep: bool, notes: list[str]) -> Image.Image:
 
 
 def _reduced(image: Image.Image, notes: list[str]) -> Image.Image:
-    """Grey of 16 or 32 bits as L, or as LA if one of its values means transparent."""
+    """Grey of more than 8 bits as L, or as LA if one of its values means transparent."""
     samples = np.asarray(image)
     transparent = image.info.get("transparency")
     alpha = None if transparent is None else np.where(samples == transparent, 0, 255).astype(np.uint8)
-    if samples.dtype.itemsize == 2:
-        notes.append("16-bit samples were reduced to 8 bits")
+    declared, inverted = source.grey_range(image)
+    top = float(np.max(samples, initial=0, where=np.isfinite(samples)))
+    white = declared or 65535
+    if samples.dtype.itemsize == 2 or declared:
+        bits = 16 if white == 32767 else white.bit_length()
+        notes += [f"{bits}-bit samples were reduced to 8 bits", *_faint(int(top), white)]
     else:
-        white = 65535
         if image.mode == "F":  # floats have no customary white, so the samples decide
-            top = np.max(samples, initial=0, where=np.isfinite(samples))
             white = next((limit for limit in (1, 255) if top <= limit), white)
-            samples = np.rint(np.nan_to_num(samples) * (65535 / white))
-        notes.append(f"32-bit samples were reduced to 8 bits: 0 or less is black, {white} or more is white")
+        note = f"32-bit samples were reduced to 8 bits: 0 or less is black, {white} or more is white"
+        notes.append(f"{note}, and the brightest is {top:g}" if white == 65535 and _faint(int(top), white) else note)
+    if white != 65535 or samples.dtype.itemsize != 2:
+        samples = np.rint(np.nan_to_num(samples) * (65535 / white))
         samples = np.clip(samples, 0, 65535).astype(np.uint16)
     rounded = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # x * 255 / 65535
-    grey = Image.fromarray(rounded[samples])
+    grey = Image.fromarray(rounded[::-1][samples] if inverted else rounded[samples])
     if alpha is not None:
         grey.putalpha(Image.fromarray(alpha))
     return grey
 
 
-def _has_deep_colours(image: Image.Image) -> bool:
-    """True if Pillow will cut 16-bit samples to 8 bits on loading, as it does for all but plain grey."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return False
-    for decoder, _, _, args in getattr(image, "tile", []):
-        for arg in args if isinstance(args, tuple) else (args,):
-            over_255 = decoder.startswith("ppm") and isinstance(arg, int) and arg > 255
-            if over_255 or ";16" in str(arg):  # a raw mode such as "RGB;16B"
-                return True
-    return False
-
-
-def _declared_depth(image: Image.Image) -> int:
-    """Bits per sample by the header of a file whose decoder in Pillow makes 8 of them: AVIF, and JPEG 2000 in colour.
-    8 for all others, and once the image is loaded."""
-    file = getattr(image, "fp", None)
-    if image.format not in ("AVIF", "JPEG2000") or image.mode.startswith("I;16") or file is None:
-        return 8
-    place = file.tell()
-    file.seek(0)
-    head = file.read(1 << 16)
-    file.seek(place)
-    if image.format == "AVIF":
-        at = head.find(b"pixi") + 8  # ISO 23008-12, 6.5.6: behind version and flags the channels, then bits of each
-        depths = head[at + 1 : at + 1 + head[at]] if at >= 8 and at < len(head) else b""
-    else:
-        at = head.find(b"\xff\x4f\xff\x51") + 42  # ISO 15444-1, A.5.1: Ssiz is bits - 1 and a sign, 3 bytes for each
-        depths = bytes((size & 0x7F) + 1 for size in head[at : at + 3 * len(image.getbands()) : 3]) if at >= 42 else b""
-    return max(depths, default=8)
+def _faint(top: int, white: int) -> list[str]:
+    """A note if the brightest sample is so dark that the samples may have fewer bits than is said."""
+    if not 0 < top <= white / 4:
+        return []
+    return [f"the brightest sample is {top} of {white}: if that is white, multiply the samples first"]
 
 
 def _from_cmyk(image: Image.Image, icc: bytes | None, notes: list[str]) -> Image.Image:
@@ -272,37 +345,64 @@ _UPRIGHT = {
 }  # EXIF orientation -> what undoes it
 
 
-def stripped(picture: Picture) -> Picture:
-    """The picture without ICC, EXIF and XMP, looking as before. May share memory with `picture`.
+Strip = bool | Literal["gps", "keep-icc"]
 
+
+def stripped(picture: Picture, what: Strip = True) -> Picture:
+    """The picture without metadata, looking as before. May share memory with `picture`.
+
+    what: True for ICC, EXIF and XMP; "keep-icc" for EXIF and XMP; "gps" for the location in EXIF and XMP alone; False
+    for nothing.
     What the metadata said about looks is carried out first: the orientation turns the pixels, and colours of
-    another space than sRGB are converted to sRGB (with a note).
+    another space than sRGB are converted to sRGB (with a note), unless the profile stays.
     """
-    picture = _in_srgb(picture)
-    turn = _UPRIGHT.get(_orientation(picture))
+    if what is False:
+        return picture
+    if what == "gps":
+        return _without_location(picture)
+    if what is True:
+        picture = in_srgb(picture)
+    turn = _UPRIGHT.get(orientation(picture))
 
     def upright(array: Bytes) -> Bytes:
         return array if turn is None else np.array(Image.fromarray(array).transpose(turn))
 
     alpha = None if picture.alpha is None else upright(picture.alpha)
-    return Picture(upright(picture.pixels), picture.colour, alpha, notes=list(picture.notes))
+    return Picture(upright(picture.pixels), picture.colour, alpha, picture.icc, notes=list(picture.notes))
 
 
-def _orientation(picture: Picture) -> int:
+# Properties of XMP that say where, such as exif:GPSLatitude and drone-dji:GpsLongitude, as attributes and elements.
+_PLACE = rb"[\w.-]+:[\w.-]*(?:GPS|Gps|Latitude|Longitude)[\w.-]*"
+_PLACES = re.compile(
+    rb"""\s%b\s*=\s*(?:"[^"]*"|'[^']*')|<(%b)(?:\s[^>]*)?(?:/>|>.*?</\1>)""" % (_PLACE, _PLACE), re.DOTALL
+)
+
+
+def _without_location(picture: Picture) -> Picture:
+    exif, notes = picture.exif, list(picture.notes)
+    try:
+        exif = exif and exif_block.without_gps(exif)
+    except ValueError:
+        picture = stripped(picture, "keep-icc")
+        return replace(picture, notes=[*notes, "the EXIF data is damaged: nothing but the ICC profile was kept"])
+    return replace(picture, exif=exif, xmp=picture.xmp and _PLACES.sub(b"", picture.xmp), notes=notes)
+
+
+def orientation(picture: Picture) -> int:
     """As EXIF says, or else XMP, or else 1: upright."""
     carrier = Image.new("1", (1, 1))
-    carrier.info.update(_info(picture))
+    carrier.info.update(info_of(picture))
     try:
         return carrier.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF raises nearly anything, and says nothing about orientation
         return 1
 
 
-def _in_srgb(picture: Picture) -> Picture:
+def in_srgb(picture: Picture) -> Picture:
     """The picture with its ICC profile applied and dropped; the same pixels if the profile is sRGB anyway."""
     if picture.icc is None:
         return picture
-    grey = not _has_hue(picture.colour)
+    grey = not picture.colour.has_hue
     image = Image.fromarray(picture.pixels[..., 0] if grey else picture.pixels)
     try:
         pixels = np.array(_to_srgb(image, picture.icc))
@@ -331,17 +431,39 @@ def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     return converted
 
 
+MOST_ICC = 255 * 65_519  # bytes: what a JPEG file can hold, and more than any device's
+
+
 def _matching(icc: bytes | None, colour: ColourMode, notes: list[str]) -> bytes | None:
     """The ICC profile, if it is one for these pixels."""
-    wanted = b"RGB " if _has_hue(colour) else b"GRAY"
+    wanted = b"RGB " if colour.has_hue else b"GRAY"
+    icc = bounded_icc(icc, notes)
     if icc is None or (icc[16:20] == wanted and icc[36:40] == b"acsp"):  # colour space, signature
         return icc
-    notes.append(f"the ICC profile is not one for {'RGB' if _has_hue(colour) else 'grey'} and was dropped")
+    notes.append(f"the ICC profile is not one for {'RGB' if colour.has_hue else 'grey'} and was dropped")
     return None
 
 
-def _has_hue(colour: ColourMode) -> bool:
-    return colour.has_hue
+def bounded_icc(icc: bytes | None, notes: list[str]) -> bytes | None:
+    """The ICC profile, unless it is so large that it keeps other programs busy for minutes."""
+    if icc is None or len(icc) <= MOST_ICC:
+        return icc
+    notes.append(f"the ICC profile has {len(icc):,} bytes, the limit is {MOST_ICC:,}: it was dropped")
+    return None
+
+
+def _declared_icc(image: Image.Image, data: bytes, exif: bytes | None, notes: list[str]) -> bytes | None:
+    """An ICC profile of what a file without one says of its colours; None for sRGB."""
+    space, note = source.space(image, data, exif)
+    grey = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    notes += filter(None, [note])
+    if space is None or (grey and space._replace(chromaticities=colours.BT709).is_srgb()):
+        return None
+    try:
+        return colours.profile(space, grey)
+    except ValueError as error:
+        notes.append(f"the colours that the file declares are impossible ({error}): taken as sRGB")
+        return None
 
 
 def _bytes(metadata: Any) -> bytes | None:
@@ -353,41 +475,49 @@ def _bytes(metadata: Any) -> bytes | None:
 
 EXIF_PREFIX = b"Exif\0\0"
 
-# In a TIFF file the tags of EXIF stand among those that describe the file. These describe the picture.
-_DESCRIPTIVE_TAGS = (
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.HostComputer,
-    ExifTags.Base.Copyright,
-    ExifTags.IFD.Exif,
-    ExifTags.IFD.GPSInfo,
-)
 
+def _exif(image: Image.Image, data: bytes, notes: list[str]) -> bytes | None:
+    """The EXIF block of a loaded image, with the resolution that the file says elsewhere.
 
-def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
-    """The EXIF block of a loaded image. A TIFF file has none: its descriptive tags are made into one."""
+    A TIFF file has none: its descriptive tags are made into one.
+    """
     exif = image.info.get("exif")
     try:
+        if exif is None and data.startswith(source.TIFF_MAGIC) and hasattr(image, "tag_v2"):
+            return exif_block.from_tiff(data, image.tag_v2.offset)
         if exif is None and (hasattr(image, "tag_v2") or "Raw profile type exif" in image.info):
-            tags, kept = image.getexif(), Image.Exif()
-            for tag in _DESCRIPTIVE_TAGS:
-                if tag in tags:
-                    kept[tag] = tags.get_ifd(tag) if isinstance(tag, ExifTags.IFD) else tags[tag]
-            exif = kept.tobytes() if kept else None
+            exif = image.getexif().tobytes().removeprefix(EXIF_PREFIX)
+            if hasattr(image, "tag_v2"):
+                exif = exif_block.from_tiff(exif, exif_block.first(exif))
     except Exception:
         exif = b"broken"
+    return with_resolution(checked_exif(exif, notes), image.info)
+
+
+def checked_exif(exif: bytes | None, notes: list[str]) -> bytes | None:
+    """An EXIF block from its TIFF header on, or None, with a note if it is none."""
+    while exif and exif.startswith(EXIF_PREFIX):  # some writers put it twice
+        exif = exif[len(EXIF_PREFIX) :]
     if not exif:
         return None
-    while exif.startswith(EXIF_PREFIX):  # some writers put it twice
-        exif = exif[len(EXIF_PREFIX) :]
-    if exif[:4] in (b"II*\0", b"MM\0*"):
+    if exif.startswith(exif_block.MAGIC):
         return exif
     notes.append("the EXIF data is damaged and was dropped")
     return None
+
+
+def with_resolution(exif: bytes | None, info: dict[Any, Any]) -> bytes | None:
+    """EXIF with the resolution, or the shape of pixels, that Pillow found in a file, unless it is one that says
+    nothing."""
+    unit = 2 if "dpi" in info else 1
+    found = info.get("dpi") or info.get("aspect") or (info.get("jfif_unit") == 0 and info.get("jfif_density"))
+    try:
+        x, y = map(float, found or (1, 1))
+        if exif_block.customary(x, y) or (unit == 1 and x == y) or not (0 < x < 1e5 and 0 < y < 1e5):
+            return exif
+        return exif_block.with_resolution(exif, round(x, 3), round(y, 3), unit)
+    except (TypeError, ValueError):  # no numbers, or EXIF that is broken: what it is worth otherwise stays
+        return exif
 
 
 # --- out ---
@@ -395,96 +525,18 @@ def _exif(image: Image.Image, notes: list[str]) -> bytes | None:
 
 def to_pil(picture: Picture) -> Image.Image:
     """A Pillow image of mode L, LA, RGB or RGBA, with icc_profile, exif and xmp in its `info`."""
-    image = Image.fromarray(picture.pixels if _has_hue(picture.colour) else picture.pixels[..., 0])
+    image = Image.fromarray(picture.pixels if picture.colour.has_hue else picture.pixels[..., 0])
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
-    image.info.update(_info(picture))
+    image.info.update(info_of(picture))
     return image
 
 
-def _info(picture: Picture) -> dict[str, bytes]:
+def info_of(picture: Picture) -> dict[str, bytes]:
     """The metadata under Pillow's names; only what is there."""
     exif = picture.exif and EXIF_PREFIX + picture.exif
     info = {"icc_profile": picture.icc, "exif": exif, "xmp": picture.xmp}
     return {key: value for key, value in info.items() if value}
-
-
-_FORMATS = {
-    "avif": "AVIF",
-    "bmp": "BMP",
-    "jpeg": "JPEG",
-    "jpg": "JPEG",
-    "png": "PNG",
-    "ppm": "PPM",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-    "webp": "WEBP",
-}
-# A decoded picture has paid for its losses already: lossless where the format can.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-    "JPEG": {"quality": 95, "subsampling": "4:4:4"},
-    "WEBP": {"lossless": True, "exact": True},
-}
-_WITHOUT_ALPHA = ("BMP", "JPEG", "PPM")
-_WITHOUT_METADATA = ("BMP", "PPM")
-_WITHOUT_GREY = ("AVIF", "WEBP")
-
-
-def save(picture: Picture, target: str | os.PathLike[str] | BinaryIO, format: str | None = None) -> list[str]:
-    """Write the picture to a path (atomically, replacing what is there) or an open file.
-
-    format: png, jpeg, webp, avif, tiff, bmp or ppm; by default what the path ends in, or else png.
-    Metadata goes along; if the format has no place for it, what is written is the `stripped` picture.
-    Returns a sentence for each thing that the format could not hold.
-    Errors: ImageError if the format is unknown, or cannot hold this picture. OSError of the file system.
-    """
-    if format is None:
-        format = "" if not isinstance(target, (str, os.PathLike)) else Path(target).suffix[1:]
-    name = _FORMATS.get(format.lower() or "png")
-    if name is None:
-        raise ImageError(f"cannot write images as {format!r}: choose one of {', '.join(sorted(_FORMATS))}")
-    if picture.colour.has_alpha and name in _WITHOUT_ALPHA:
-        raise ImageError(f"{name} cannot hold this picture's alpha channel: choose PNG or WebP")
-
-    known = len(picture.notes)
-    if name in _WITHOUT_METADATA and _info(picture):
-        picture = stripped(picture)
-        picture.notes.append(f"{name} cannot hold metadata: ICC, EXIF and XMP were left out")
-    elif name in _WITHOUT_GREY and not _has_hue(picture.colour):
-        picture = _in_srgb(picture)  # the file will have RGB pixels, for which a grey profile is none
-
-    encoded = BytesIO()  # in memory first: from here on every OSError is the file system's
-    try:
-        to_pil(picture).save(encoded, name, **_OPTIONS.get(name, {}), **_metadata_options(picture, name))
-    except MemoryError:
-        raise
-    except Exception as error:
-        height, width = picture.pixels.shape[:2]
-        raise ImageError(
-            f"{name} cannot hold this picture of {width} x {height} pixels ({error}): choose PNG"
-        ) from error
-    if isinstance(target, (str, os.PathLike)):
-        with write_atomically(target, force=True) as file:
-            file.write(encoded.getbuffer())
-    else:
-        target.write(encoded.getbuffer())
-    return picture.notes[known:]
-
-
-def _metadata_options(picture: Picture, format: str) -> dict[str, Any]:
-    """Metadata as arguments of Pillow's `save`; each of its writers has ways of its own."""
-    options: dict[str, Any] = dict(_info(picture))
-    if format == "PNG" and picture.xmp:
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp"))
-    if format == "TIFF" and (picture.exif or picture.xmp):
-        tags = Image.Exif()
-        tags.load(picture.exif or b"")
-        if picture.xmp:
-            tags[ExifTags.Base.XMLPacket] = picture.xmp
-        options["exif"] = tags
-    return options
 
 
 # --- alpha ---
@@ -508,7 +560,7 @@ def unpack_alpha(data: bytes, width: int, height: int) -> Bytes:
     if problem:
         raise DamagedError(f"the alpha plane is not {wanted} ({problem}): the file is damaged")
     try:
-        image = _open(BytesIO(data), ["PNG"])
+        image = open_image(BytesIO(data), ["PNG"])
         if (image.size, image.mode) != ((width, height), "L"):
             raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}, not {wanted}")
         return np.array(image)
@@ -518,14 +570,11 @@ def unpack_alpha(data: bytes, width: int, height: int) -> Bytes:
         raise DamagedError(f"the alpha plane cannot be decoded ({error}): the file is damaged") from error
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-
-
 def _alpha_problem(data: bytes, width: int, height: int) -> str:
     """What is wrong with an alpha plane, nothing if it is as specified. Inflates no more than such a plane has."""
-    if not data.startswith(_PNG):
+    if not data.startswith(source.PNG_MAGIC):
         return "it starts differently"
-    kinds, contents, at = [], [], len(_PNG)
+    kinds, contents, at = [], [], len(source.PNG_MAGIC)
     while at < len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         if data[end : end + 4] != zlib.crc32(data[at + 4 : end]).to_bytes(4, "big"):

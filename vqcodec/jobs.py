@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bitstream.errors import FileError, UsageError, VqcodecError
-from vqcodec import files, storage
+from vqcodec import storage
 from vqcodec.formats import advice, look_closer
 
 _REASONS = {
@@ -134,11 +134,12 @@ def _add_folder(plan: Plan, folder: str, out: str, suffix: str, endings: Collect
     if not paths and not closed:
         known = "they are known by their endings"
         if left_out or special:
-            known = f"{len(left_out) + len(special)} that look like it cannot be read"
+            known = f"{len(left_out) + len(special)} in it cannot be read"
             known = ": ".join(filter(None, [known, advice(left_out)]))
         raise FileError(f"{folder}: no files to work on in this folder: {known}")
     plan.closed.extend(f"{os.fsdecode(error.filename)}: {reason(error)}" for error in closed)
-    plan.left_out.extend(storage.join(folder, path) for path in left_out + special)
+    plan.left_out.extend(storage.join(folder, path) for path in left_out)
+    plan.left_out.extend(f"{storage.join(folder, path)} (a pipe or the like)" for path in special)
     times = {path: storage.modified(storage.join(folder, path)) for path in paths}
     for path, name in new_names(times, suffix, out).items():
         plan.jobs.append(Job(storage.join(folder, path), storage.join(out, name), times[path]))
@@ -177,15 +178,16 @@ def _makers(paths: list[str], times: Mapping[str, int | None], made: int | None)
 
 
 def _left_to_do(plan: Plan) -> Plan:
-    """As make does it: what has no output, or one that is older than its input."""
+    """As make does it: what has no output, or one that is older than its input or a link to nothing."""
     there = _existing([job.target for job in plan.jobs])
     left: list[Job] = []
     for job in plan.jobs:
+        made, changed = storage.modified(job.target), storage.modified(job.source)
+        link_to_nothing = made is None and storage.local(job.target) is not None
+        older = made is not None and changed is not None and made < changed
         if job.target not in there:
             left.append(job)
-            continue
-        made, changed = storage.modified(job.target), storage.modified(job.source)
-        if made is not None and changed is not None and made < changed:
+        elif link_to_nothing or older:
             left.append(job._replace(replace=True))
         else:
             plan.skipped.append(job)
@@ -212,10 +214,9 @@ def _refuse_places(jobs: Sequence[Job]) -> None:
 
 
 def _check_place(job: Job) -> None:
-    path = storage.local(job.target)
-    if path is not None and path != "-":
+    if job.target != "-":
         with blame(job.target):
-            files.check_writable(path)
+            storage.check_writable(job.target)
 
 
 def refuse_clashes(jobs: Sequence[Job], force: bool) -> None:

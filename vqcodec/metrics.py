@@ -13,13 +13,18 @@ from PIL import Image
 MIN_SIDE = 8  # pixels that libjxl's metrics need
 
 
-def psnr(original: NDArray[Any], decoded: NDArray[Any]) -> float:
-    """PSNR in dB of 8-bit images (H, W, C), one mean over pixels and channels; infinite if they are equal."""
-    total = 0
-    for a, b in zip(original, decoded, strict=True):  # row by row: differences take several times the memory
+def psnr(original: NDArray[Any], decoded: NDArray[Any], visible: NDArray[Any] | None = None) -> float:
+    """PSNR in dB of 8-bit images (H, W, C), one mean over pixels and channels; infinite if they are equal.
+
+    visible: (H, W), zero where pixels do not count, such as an alpha plane.
+    """
+    total, count = 0, original.size if visible is None else int(np.count_nonzero(visible)) * original.shape[2]
+    for row, (a, b) in enumerate(zip(original, decoded, strict=True)):  # differences take several times the memory
         difference = a.astype(np.int32) - b
+        if visible is not None:
+            difference = difference[visible[row] > 0]
         total += int(np.square(difference).sum())
-    return 10 * math.log10(255**2 * original.size / total) if total else math.inf
+    return 10 * math.log10(255**2 * count / total) if total else math.inf
 
 
 def ssimulacra2(original: NDArray[np.uint8], decoded: NDArray[np.uint8]) -> float | None:

@@ -11,7 +11,7 @@ do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its previ
 ``image.draft(None, size)``, which ``Image.thumbnail`` calls, makes the image a quarter as large, from the preview
 alone, if that is not smaller than the size.
 
-Options of ``save``: quality and effort, as in ``vqcodec.encode``; strip=True to leave metadata out; icc_profile, exif
+Options of ``save``: quality, effort and strip, as in ``vqcodec.encode``; icc_profile, exif
 and xmp, as in Pillow's other formats, instead of the image's own, None for none. What the format cannot hold is a
 warning.
 """
@@ -26,7 +26,7 @@ from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import BitstreamError, DamagedError
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
-from vqcodec.image import EXIF_PREFIX, from_pil
+from vqcodec.image import EXIF_PREFIX, checked_exif, from_pil
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
 DRAFT = 4  # a preview holds about this fraction of the detail
@@ -54,7 +54,11 @@ class Vq2ImageFile(ImageFile.ImageFile):
         self._mode = MODES[(header.colour.opaque if preview else header.colour).shown]
         self._size = header.width, header.height
         if not preview:
-            exif = parts.exif and EXIF_PREFIX + parts.exif
+            notes: list[str] = []
+            exif = checked_exif(parts.exif, notes)
+            for note in notes:
+                warnings.warn(note, stacklevel=5)  # the caller of Image.open
+            exif = exif and EXIF_PREFIX + exif
             found = {"icc_profile": parts.icc, "exif": exif, "xmp": parts.xmp}
             self.info.update({name: value for name, value in found.items() if value})
         self._drafted = False

@@ -16,6 +16,8 @@ from typing import Any
 from bitstream.errors import StorageError
 from vqcodec import files
 
+_ARCHIVES = ("libarchive", "tar", "zip")
+
 
 def local(name: str) -> str | None:
     """The path of this machine that a name means; None for what lies elsewhere."""
@@ -120,6 +122,15 @@ def read(name: str, size: int | None = None) -> bytes:
             return file.read(size)
     with _remote(name) as (system, path):
         return bytes(system.cat_file(path, end=size))
+
+
+def check_writable(name: str) -> None:
+    """As ``vqcodec.files.check_writable``; of what lies elsewhere, only that it is no archive."""
+    path = local(name)
+    if path is not None:
+        files.check_writable(path)
+    elif name.partition("://")[0] in _ARCHIVES:
+        raise StorageError("an archive is only read: choose another place with -o")
 
 
 def write(name: str, data: bytes | memoryview, force: bool, modified: int | None = None) -> None:

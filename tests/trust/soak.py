@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent)]
 
 from bitstream.container import ColourMode  # noqa: E402
+from vqcodec.alpha import prepared  # noqa: E402
 from vqcodec.codec import Codec  # noqa: E402
 from vqcodec.image import Picture, read  # noqa: E402
 
@@ -44,8 +45,8 @@ def picture(rng: np.random.Generator, photo: np.ndarray) -> Picture:
     if colour in (ColourMode.GREY, ColourMode.GREY_ALPHA):
         pixels = np.repeat(pixels[..., :1], 3, axis=2)
     alpha = rng.integers(0, 256, (height, width), np.uint8) if colour.has_alpha else None
-    metadata = [rng.bytes(rng.integers(300)) if rng.integers(2) else None for _ in range(3)]
-    return Picture(pixels, colour, alpha, *metadata)
+    icc, exif, xmp = [rng.bytes(rng.integers(300)) if rng.integers(2) else None for _ in range(3)]
+    return Picture(pixels, colour, alpha, icc, None if exif is None else b"II*\0" + exif, xmp)
 
 
 def main(trips: int) -> int:
@@ -55,7 +56,7 @@ def main(trips: int) -> int:
     for _ in range(trips):
         original = picture(rng, photo)
         data = codec.encode(original, rng.uniform(1, codec.model.config.levels))
-        back = codec.decode_picture(data)
+        back, original = codec.decode_picture(data), prepared(original)
         same = (back.pixels.shape, back.colour, back.icc, back.exif, back.xmp) == (
             (original.pixels.shape, original.colour, original.icc, original.exif, original.xmp)
         )

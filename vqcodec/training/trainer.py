@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bitstream.errors import WeightsError
+from bitstream.errors import UsageError, WeightsError
 from vqcodec.models.vqvae import VQVAE, ModelConfig
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
@@ -250,12 +250,12 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     Writes to ``run.output``: ``checkpoint.pt`` (to resume from: same command), ``log.jsonl`` (loss, PSNR, bits per
     pixel, codebook use) and, at the end, ``model.safetensors``; beside it, in ``cache``, the decoded images.
     Raises FileNotFoundError without images, ImageError if none can be read or is as large as a crop, WeightsError for
-    weights or a checkpoint that do not fit, ValueError for a crop that is not whole cells.
+    weights or a checkpoint that do not fit, UsageError for a crop that is not whole cells.
     """
     if (run.steps is None) == (run.hours is None):
         raise ValueError("a run needs either steps or hours")
     if run.crop % run.config.stride:
-        raise ValueError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
+        raise UsageError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
     with processes() as (rank, size, device):
         seed_everything(run.seed)
         model = (load_weights(run.start) if run.start else VQVAE(run.config)).to(device)
