@@ -42,7 +42,7 @@ Way = Callable[[int, Sequence[Grid], int], float]  # of coding: grid number, gri
 
 
 class NearestCodec(Codec):
-    """Chooses the nearest code, whatever it costs."""
+    """Chooses the nearest vector, whatever it costs: of null, of a code, or of an escape."""
 
     def level_for(self, *args: Any, **kwargs: Any) -> tuple[int, float]:
         return super().level_for(*args, **kwargs)[0], 0.0
