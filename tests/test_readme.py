@@ -85,7 +85,7 @@ def test_the_commands_for_training_reach_a_run_and_what_it_gives_can_be_used(
 ) -> None:
     runs = []
     monkeypatch.setattr("vqcodec.training.trainer.train", lambda run, report: runs.append(run))
-    for folder in (here / "pictures", here / "shared" / "pictures", here / "photos"):
+    for folder in (here / "pictures", here / "shared" / "pictures", here / "photos", here / "screenshots"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "x.png").write_bytes((here / "photo.png").read_bytes())
     (here / "runs" / "mine" / "model.safetensors").write_bytes(tiny_weights.read_bytes())
