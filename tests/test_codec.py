@@ -122,6 +122,14 @@ def test_a_model_codes_like_its_weights_file(tmp_path: Path) -> None:
     Codec.load(tmp_path / "w.safetensors", "cpu").decode(data)
 
 
+def test_a_sample_keeps_the_coarse_grid_that_it_is_drawn_around() -> None:
+    codec = Codec.load(device="cpu")  # the tiny model's prior has learned too little to be followed so far
+    photo = Image.open(IMAGES / "photo.png").convert("RGB")
+    drawn = codec.sample_from(codec.encode(photo, 2), seed=1)
+    small = [np.asarray(x.resize((12, 10), Image.Resampling.BOX), float) for x in (photo, drawn)]
+    assert 0 < np.abs(small[0] - small[1]).mean() < 15
+
+
 def test_sampled_images_are_reproducible_and_code_like_any_other(codec: Codec) -> None:
     first, again, other = (codec.sample(50, 40, 2, seed=seed) for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
