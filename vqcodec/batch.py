@@ -288,8 +288,9 @@ class LocalPool:
         self._start()
 
     def close(self, now: bool) -> None:
+        # A worker that is only starting may miss a gentler signal, or answer it with a traceback; it has nothing to save.
         for process in multiprocessing.active_children() if now else []:
-            process.terminate()
+            process.kill()
         self._processes.shutdown(cancel_futures=True)
 
 
