@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitstream.exact import POWERS
 from vqcodec.models import dyadic
 from vqcodec.models.dyadic import DyadicLinear, attend, attend_smoothly, frequencies, snap
 
@@ -41,7 +42,7 @@ def test_the_remainder_goes_to_the_first_index() -> None:
 
 
 def test_table_of_powers_is_frozen() -> None:
-    numbers = dyadic.POWERS.to(torch.int64).numpy().astype("<i8")
+    numbers = POWERS.astype("<i8")
     assert hashlib.sha256(numbers.tobytes()).hexdigest()[:16] == "10f1cb69846b5aeb"
 
 

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitstream.exact import ESCAPE_SIDE, ESCAPE_STEP
 from vqcodec.models import pixelsnail
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, grouped, per_row, rows_of, take
-from vqcodec.models.quantizer import LATTICE_SIZE, LATTICE_STEP, Choice, Codebook, code_length, flag_bits, put
+from vqcodec.models.quantizer import Choice, Codebook, code_length, flag_bits, put
 
 GROUPS, CODES, CELLS = 3, 8, 60
 LEVEL = torch.arange(CELLS) % 2
@@ -34,8 +35,8 @@ def everything(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
     cells = z.shape[1]
     vectors = torch.nn.functional.pad(book.vectors, (0, 0, 1, 0))[:, None].expand(-1, cells, -1, -1)
     if book.escape:
-        half = LATTICE_SIZE // 2
-        point = (z / LATTICE_STEP).round().clamp(-half, half - 1) * LATTICE_STEP
+        half = ESCAPE_SIDE // 2
+        point = (z / ESCAPE_STEP).round().clamp(-half, half - 1) * ESCAPE_STEP
         vectors = torch.cat([vectors, point[:, :, None]], 2)
     return vectors, (z[:, :, None] - vectors).pow(2).sum(-1)
 
@@ -51,7 +52,7 @@ def test_the_choice_has_the_least_cost_of_all(seed: int, escape: bool, weight: f
     _, distance = everything(book, z)
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
     if escape:
-        bits[..., -1] += 2 * math.log2(LATTICE_SIZE)
+        bits[..., -1] += 2 * math.log2(ESCAPE_SIDE)
     cost = distance + weight * bits
     found = cost.gather(-1, book.outcome(choice.indices)[..., None])[..., 0]
     torch.testing.assert_close(found, cost.amin(-1), rtol=1e-4, atol=1e-3)
@@ -75,7 +76,7 @@ def test_the_rate_gradient_is_that_of_the_expected_rate() -> None:
     choice = book.choose(z, null, active, lambda rows: take(table.flatten(0, 1), rows.place).clone(), weight, True)
     vectors, _ = everything(book, z)
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
-    bits[..., -1] += 2 * math.log2(LATTICE_SIZE)
+    bits[..., -1] += 2 * math.log2(ESCAPE_SIDE)
     moved = z.clone().requires_grad_()
     cost = (moved[:, :, None] - vectors).pow(2).sum(-1) + weight * bits
     (expected,) = torch.autograd.grad((torch.softmax(-cost, -1) * bits).sum(), moved)

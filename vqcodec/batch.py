@@ -288,7 +288,7 @@ class LocalPool:
         self._start()
 
     def close(self, now: bool) -> None:
-        # A worker that is only starting may miss a gentler signal, or answer it with a traceback; it has nothing to save.
+        # One that is only starting may miss a gentler signal, or answer it with a traceback. None has anything to save.
         for process in multiprocessing.active_children() if now else []:
             process.kill()
         self._processes.shutdown(cancel_futures=True)

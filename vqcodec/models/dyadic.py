@@ -26,21 +26,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATION_BITS, ACTIVATION_MAX = 5, 127
-STREAM_BITS, STREAM_MAX = 9, 2047
-LOGIT_BITS, LOGIT_MAX = 5, 2047
-WEIGHT_MAX = 127
+from bitstream.exact import (
+    ACTIVATION_BITS,
+    ACTIVATION_MAX,
+    BIAS_MAX,
+    EXPONENT_MAX,
+    EXPONENT_MIN,
+    GATE_MAX,
+    LOGIT_BITS,
+    LOGIT_MAX,
+    MAX_FAN_IN,
+    POWERS,
+    STREAM_BITS,
+    STREAM_MAX,
+    TABLE_BITS,
+    WEIGHT_MAX,
+)
+
 # A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
 # from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.
-EXPONENT_MIN, EXPONENT_MAX = -14, -5
-BIAS_MAX = 2**19  # in steps of the sum
-MAX_FAN_IN = 940  # 940 * 127**2 + 2**19 + 1,064,960 < 2**24
-
-TABLE_BITS = 20
-# Powers of two in steps of 1/32: POWERS[d] = floor(2**(20 - d/32) + 1/2) for the first octave, shifted right for
-# the others; 0 from 21 octaves on, up to the largest distance of two logits. Whole numbers, in float64 for the sums.
-_OCTAVE = [int(2 ** (TABLE_BITS - f / 32) + 0.5) for f in range(32)]
-POWERS = torch.tensor([_OCTAVE[d % 32] >> (d // 32) for d in range(2 * LOGIT_MAX + 1)], dtype=torch.float64)
+_POWERS = torch.from_numpy(POWERS).double()  # whole numbers, for exact sums
 
 Affine = Callable[[Tensor], Tensor]
 
@@ -104,7 +109,7 @@ def logit(x: Tensor) -> Tensor:
 def gated(x: Tensor) -> Tensor:
     """(..., 2C) -> (..., C): value times gate, where gate = clip(b/4 + 1/2, 0, 1) in steps of 2**-6."""
     value, gate = x.chunk(2, -1)
-    return activation(value) * snap(gate * 0.25 + 0.5, 6, 0, 64)
+    return activation(value) * snap(gate * 0.25 + 0.5, 6, 0, GATE_MAX)
 
 
 class _SnapWeight(torch.autograd.Function):
@@ -189,7 +194,7 @@ class DyadicLinear(nn.Module):
 
 @functools.cache
 def _powers(device: torch.device) -> Tensor:
-    return POWERS.to(device)
+    return _POWERS.to(device)
 
 
 def weights_of_two(distance: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ are asked for. This is the form for training, a whole grid at once; `bitstream` 
 agree bit for bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,11 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitstream.exact import (
+    ACTIVATION_BITS,
+    AROUND,
+    ATTENTION_ROWS,
+    ATTENTION_WAVES,
+    CAUSAL,
+    CONDITION_BLOCKS,
+    CONDITION_WIDTH,
+    LOGIT_BITS,
+)
 from vqcodec.models import Modules, dyadic
 from vqcodec.models.dyadic import DyadicLinear
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.
-ATTENTION_ROWS, ATTENTION_STEPS = 9, 16
 # Largest share of all (group, cell) pairs whose outcomes are computed on a GPU, where shapes must not depend on data.
 CAPACITY = 0.5
 
@@ -46,15 +55,11 @@ class PriorConfig:
 Update = Callable[[Tensor, Tensor], Tensor]
 
 
-def shifted(x: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+def shifted(x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
     """Neighbours side by side: (B, h, w, C) -> (B, h, w, len(offsets) * C), zeros outside the grid."""
     h, w = x.shape[1:3]
     padded = F.pad(x, (0, 0, 1, 1, 1, 1))
     return torch.cat([padded[:, 1 + i : 1 + i + h, 1 + j : 1 + j + w] for i, j in offsets], -1)
-
-
-CAUSAL = [(0, -1), (-1, 1), (-1, 0), (-1, -1)]  # 1, 1, 2 and 3 steps back
-AROUND = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 
 
 class GatedBlock(nn.Module):
@@ -77,7 +82,7 @@ class GatedBlock(nn.Module):
 class CausalAttention(nn.Module):
     """Attention of a cell to cells of earlier waves, with a learned bias per relative position.
 
-    The window is a rectangle in (row, step): at most ``ATTENTION_ROWS`` rows up, ``ATTENTION_STEPS`` steps back. Time
+    The window is a rectangle in (row, step): at most ``ATTENTION_ROWS`` rows up, ``ATTENTION_WAVES`` steps back. Time
     and memory are linear in the number of cells.
     """
 
@@ -88,7 +93,7 @@ class CausalAttention(nn.Module):
         self.query = DyadicLinear(channels, width, levels)
         self.key_value = DyadicLinear(channels + codes, 2 * width, levels)
         self.gate = DyadicLinear(width, 2 * channels, levels, gain=0.5)
-        self.position = nn.Parameter(torch.zeros(self.heads, ATTENTION_ROWS, ATTENTION_STEPS))
+        self.position = nn.Parameter(torch.zeros(self.heads, ATTENTION_ROWS, ATTENTION_WAVES))
 
     def split(self, x: Tensor) -> Tensor:
         """(..., heads * c) -> (..., heads, c) activations."""
@@ -105,14 +110,14 @@ class CausalAttention(nn.Module):
         key, value = self.split(key_value).flatten(1, 2).transpose(1, 2).chunk(2, 1)
         i, j = torch.arange(h * w, device=x.device) // w, torch.arange(h * w, device=x.device) % w
         row, age = i[:, None] - i, (j + 2 * i)[:, None] - (j + 2 * i)
-        seen = (row >= 0) & (row < ATTENTION_ROWS) & (age >= 1) & (age <= ATTENTION_STEPS)
-        position = self.position[:, row.clamp(0, ATTENTION_ROWS - 1), (age - 1).clamp(0, ATTENTION_STEPS - 1)]
+        seen = (row >= 0) & (row < ATTENTION_ROWS) & (age >= 1) & (age <= ATTENTION_WAVES)
+        position = self.position[:, row.clamp(0, ATTENTION_ROWS - 1), (age - 1).clamp(0, ATTENTION_WAVES - 1)]
         scores = self.scores(query, key, position).masked_fill(~seen, -torch.inf)
         if self.training:
             out = dyadic.attend_smoothly(scores, value)
         else:
-            in_steps = value.double() * 2.0**dyadic.ACTIVATION_BITS
-            out = dyadic.attend(scores * 2.0**dyadic.LOGIT_BITS, in_steps).to(x.dtype) * 2.0**-dyadic.ACTIVATION_BITS
+            in_steps = value.double() * 2.0**ACTIVATION_BITS
+            out = dyadic.attend(scores * 2.0**LOGIT_BITS, in_steps).to(x.dtype) * 2.0**-ACTIVATION_BITS
         return self.gate.at(level)(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
 
 
@@ -262,9 +267,9 @@ def per_row(table: Tensor, rows: Rows, cells: int) -> Tensor:
 class ConditioningStack(nn.Module):
     """From the coarser grid's codes to stream values at twice the resolution; not causal."""
 
-    def __init__(self, condition_dim: int, channels: int, levels: int, *, width: int = 96, blocks: int = 2) -> None:
+    def __init__(self, condition_dim: int, channels: int, levels: int) -> None:
         super().__init__()
-        self.reach = 1 + blocks  # coarser cells: how far it looks
+        width, blocks = CONDITION_WIDTH, CONDITION_BLOCKS
         self.embed = DyadicLinear(len(AROUND) * condition_dim, width, levels, gain=2.0)
         self.blocks: Modules[GatedBlock] = Modules(GatedBlock(width, len(AROUND), levels) for _ in range(blocks))
         self.up = DyadicLinear(width, 4 * channels, levels)

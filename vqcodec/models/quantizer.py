@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitstream.exact import CODE_SCALE_BITS, ESCAPE_BITS, ESCAPE_SIDE, ESCAPE_STEP, INDICES
 from vqcodec.models import dyadic
 from vqcodec.models.pixelsnail import Rows, grouped, per_row, rows_of, take
 
@@ -25,10 +26,6 @@ DEAD = 0.002  # a code used less than this fraction of the average is re-seeded 
 REBIRTH = 0.1  # and then counts as used this fraction of the average
 REBIRTHS = 8  # updates from one look for dead codes to the next
 TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
-# Code vectors as the prior's input: an eighth of their value on the activation grid, so +-31.75 in steps of 1/4.
-CODE_SCALE = 0.125
-# An escape is a point of a square lattice: its coordinates are LATTICE_STEP * (v - LATTICE_SIZE / 2) for v below SIZE.
-LATTICE_SIZE, LATTICE_STEP = 128, 4.0
 LN2 = math.log(2)
 
 Logits = Callable[[Rows], Tensor]
@@ -60,8 +57,8 @@ class Codebook(nn.Module):
         self, groups: int, codes: int, dim: int, levels: int, escape: bool = False, learning: Learning = "ema"
     ) -> None:
         super().__init__()
-        if codes + 1 + escape * LATTICE_SIZE**dim > 2**16:
-            raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: an index is below 65536")
+        if codes + 1 + escape * ESCAPE_SIDE**dim > INDICES:
+            raise ValueError(f"{codes} codes of {dim} channels, escape {escape}: an index is below {INDICES}")
         self.groups, self.codes, self.dim, self.escape, self.learning = groups, codes, dim, escape, learning
         self.outcomes = codes + escape  # of an index that is not null
         self.updates, self.started = 0, False
@@ -88,7 +85,7 @@ class Codebook(nn.Module):
 
     def activations(self, x: Tensor, b: int, h: int, w: int) -> Tensor:
         """Vectors (M, B h w, d) as the prior sees them: (B, h, w, M * d) on the activation grid."""
-        seen = dyadic.activation(x.detach() * CODE_SCALE)
+        seen = dyadic.activation(x.detach() * 2.0**-CODE_SCALE_BITS)
         return seen.transpose(0, 1).reshape(b, h, w, -1)
 
     def lookup(self, index: Tensor) -> Tensor:
@@ -99,8 +96,8 @@ class Codebook(nn.Module):
         out = table[index.clamp(max=self.codes) + first]
         if not self.escape:
             return out
-        point = (index - self.codes - 1)[..., None] // self._powers(index.device) % LATTICE_SIZE
-        return torch.where((index > self.codes)[..., None], LATTICE_STEP * (point - LATTICE_SIZE // 2), out)
+        point = (index - self.codes - 1)[..., None] // self._powers(index.device) % ESCAPE_SIDE
+        return torch.where((index > self.codes)[..., None], ESCAPE_STEP * (point - ESCAPE_SIDE // 2), out)
 
     def outcome(self, index: Tensor) -> Tensor:
         """0 for null, 1..K for the codes, K + 1 for an escape."""
@@ -108,7 +105,7 @@ class Codebook(nn.Module):
 
     def _powers(self, device: torch.device) -> Tensor:
         """What a step along each axis of the lattice adds to an index."""
-        return LATTICE_SIZE ** torch.arange(self.dim - 1, -1, -1, device=device)
+        return ESCAPE_SIDE ** torch.arange(self.dim - 1, -1, -1, device=device)
 
     def log2_usage(self) -> Tensor:
         """log2 of the frequency of use, (levels, M, 1 + N)."""
@@ -151,11 +148,11 @@ class Codebook(nn.Module):
         merit_null = weight * (active - null)
         merit = nearness(x, e, rows, cells)
         if self.escape:
-            half = LATTICE_SIZE // 2
-            point = (x / LATTICE_STEP).round_().clamp_(-half, half - 1)
-            far = (x - LATTICE_STEP * point).pow(2).sum(-1) - x.pow(2).sum(-1)
+            half = ESCAPE_SIDE // 2
+            point = (x / ESCAPE_STEP).round_().clamp_(-half, half - 1)
+            far = (x - ESCAPE_STEP * point).pow(2).sum(-1) - x.pow(2).sum(-1)
             merit = torch.cat([merit, -far[:, None]], 1)
-            log_p[:, -1] -= self.dim * math.log(LATTICE_SIZE)
+            log_p[:, -1] -= self.dim * ESCAPE_BITS * LN2
         merit.add_(log_p, alpha=weight / LN2)
         best = argmax(merit)
         most = merit.gather(1, best[:, None])[:, 0]
@@ -174,8 +171,8 @@ class Codebook(nn.Module):
             weighted = grouped(log_p.mul_(q), both, rows, cells=cells)
             mean_e_log_p, mean_log_p = weighted[:, :-1], weighted[:, -1]
             if self.escape:
-                mean_e = mean_e + q[:, -1:] * point * LATTICE_STEP
-                mean_e_log_p = mean_e_log_p + log_p[:, -1:] * point * LATTICE_STEP
+                mean_e = mean_e + q[:, -1:] * point * ESCAPE_STEP
+                mean_e_log_p = mean_e_log_p + log_p[:, -1:] * point * ESCAPE_STEP
                 mean_log_p = mean_log_p + log_p[:, -1]
             bits = (1 - p) * null + p * (active - mean_log_p / LN2)
             g = p[:, None] * ((active - bits)[:, None] * mean_e - mean_e_log_p / LN2)

@@ -7,7 +7,6 @@ quality levels (gains per channel in every stage), and a linear path beside the 
 model begins as a plain transform codec and spends its training on what is better than that.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitstream.exact import ESCAPE_BITS
 from vqcodec.models import Modules
 from vqcodec.models.dyadic import table_bits
 from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of, take
-from vqcodec.models.quantizer import COMMITMENT, LATTICE_SIZE, Codebook, Learning, code_length, flag_bits, put
+from vqcodec.models.quantizer import COMMITMENT, Codebook, Learning, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
@@ -330,7 +330,7 @@ class VQVAE(nn.Module):
             lengths = code_length(logits, chosen)
         outcomes = put(lengths, rows, book.groups, outcome.shape[1])
         if book.escape:
-            outcomes = outcomes + (outcome > book.codes) * (book.dim * math.log2(LATTICE_SIZE))
+            outcomes = outcomes + (outcome > book.codes) * (book.dim * ESCAPE_BITS)
         return torch.where(outcome == 0, null, active), outcomes
 
     def quantize(

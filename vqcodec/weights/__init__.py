@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitstream.errors import WeightsError
+from bitstream.exact import ACTIVATION_BITS, LOGIT_BITS
 from bitstream.weights import FORMAT, Weights
-from vqcodec.models.dyadic import ACTIVATION_BITS, LOGIT_BITS, DyadicLinear, logit, power_of_two, weight_exponent
+from vqcodec.models.dyadic import DyadicLinear, logit, power_of_two, weight_exponent
 from vqcodec.models.pixelsnail import CausalAttention, PriorConfig
 from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
 
