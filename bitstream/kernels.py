@@ -190,7 +190,7 @@ class Walk(NamedTuple):
     condition: Any  # (h, columns, C) int16 stream units, or of no rows
     code_ring: Any  # (WAVES, rows, codes) uint8
     rings: Any  # (blocks, WAVES, rows, channels) uint8
-    keys: Any  # (rows, ATTENTION_WAVES, attention) int8
+    keys: Any  # (rows, ATTENTION_WAVES and this one, attention) int8
     values: Any  # the same
     grid: Any  # (M, h, w) uint16, zeros where nothing is decoded yet
     bits: Any  # (M, h, w) float32: gets the bits of each index; or of no groups
@@ -387,7 +387,7 @@ def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-d
                     column = t - age - 2 * (row - up)
                     if column < 0 or column >= walk.width:
                         continue
-                    ring, slot = (row - up) % walk.keys.shape[0], (t - age) % ATTENTION_WAVES
+                    ring, slot = (row - up) % walk.keys.shape[0], (t - age) % walk.keys.shape[1]
                     key, dot = walk.keys[ring, slot], np.int32(0)
                     for c in range(start, start + size):
                         dot = np.int32(dot + np.int32(target[c]) * np.int32(key[c]))
@@ -424,7 +424,7 @@ def _keep_attention(net, model, walk, room, t, i, step, n):  # type: ignore[no-u
     _layer(net, _KEY_VALUE, room.seen, n, room.sums)
     _activate(net, _KEY_VALUE, room.sums, n, -ACTIVATION_MAX, room.taps)
     for r in range(n):
-        row, slot, known = (i + r * step) % walk.keys.shape[0], t % ATTENTION_WAVES, room.taps[r]
+        row, slot, known = (i + r * step) % walk.keys.shape[0], t % walk.keys.shape[1], room.taps[r]
         for c in range(width):
             walk.keys[row, slot, c] = np.int8(np.int32(known[c]) - np.int32(ZERO))
             walk.values[row, slot, c] = np.int8(np.int32(known[width + c]) - np.int32(ZERO))

@@ -177,7 +177,8 @@ def _walk(setting: Setting, parts: int) -> Walk:
     model, (h, w) = setting.prior.model, setting.shape
     rows = _most(setting.shape) + 1  # with the row above the wave
     conditioned = h if setting.prior.condition is not None else 0
-    ring = (rows + ATTENTION_ROWS - 1 if model.heads else 0, ATTENTION_WAVES, model.attention)
+    # With this wave's place, because some of its cells still look at the oldest wave when others are known already.
+    ring = (rows + ATTENTION_ROWS - 1 if model.heads else 0, ATTENTION_WAVES + 1, model.attention)
     bits = np.zeros((0, 0, 0), np.float32) if setting.bits is None else setting.bits
     return Walk(
         height=h,
