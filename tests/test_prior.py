@@ -1,5 +1,6 @@
 """The training form of a prior, a whole grid at once, against the walk that codes with it."""
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,15 @@ def tables(k: int, grids: list[Grid], level: int) -> tuple[NDArray[Any], NDArray
     return frequencies(both).numpy(), frequencies(logits).unflatten(0, flat.shape).numpy()
 
 
-def expected(k: int, grids: list[Grid], level: int) -> list[Interval]:
-    """The intervals of a grid of one lane in coding order, by the training form's tables."""
+def expected(k: int, grids: list[Grid], level: int, lane: tuple[int, int] = (0, 1)) -> list[Interval]:
+    """The intervals of a lane, number and of how many, in coding order, by the training form's tables."""
     flags, outcomes = tables(k, grids, level)
     config = CODER.weights.grids[k]
     _, h, w = grids[k].shape
     found = []
-    for i, j in sorted(np.ndindex(h, w), key=lambda cell: (cell[1] + 2 * cell[0], cell[0])):
+    number, count = lane
+    cells = ((i, j) for i, j in np.ndindex(h, w) if i % count == number)
+    for i, j in sorted(cells, key=lambda cell: (cell[1] + 2 * cell[0], cell[0])):
         for g in range(config.groups):
             index, cell = int(grids[k][g, i, j]), i * w + j
             null = int(flags[g, cell, 0])
@@ -101,8 +104,8 @@ def expected(k: int, grids: list[Grid], level: int) -> list[Interval]:
                 found.append((int(table[:outcome].sum()), int(table[outcome])))
                 if outcome == config.codes:
                     one = 1 << TABLE_BITS - ESCAPE_BITS
-                    number = index - 1 - config.codes
-                    found += [(one * (number // 128**c % 128), one) for c in reversed(range(config.dim))]
+                    place = index - 1 - config.codes
+                    found += [(one * (place // 128**c % 128), one) for c in reversed(range(config.dim))]
     return found
 
 
@@ -112,6 +115,21 @@ def test_training_and_coding_agree_bit_for_bit(shape: tuple[int, int], level: in
     grids, intervals = encode(shape, level, seed)
     for k in range(len(grids)):
         assert intervals[k] == expected(k, grids, level)
+
+
+def test_they_agree_where_a_wave_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """35 cells of the coarsest grid, in two lanes."""
+    size, pushed = (68 * STRIDE, 70 * STRIDE), defaultdict(list)
+
+    def push(self: rans.Encoder, low: NDArray[Any], frequency: NDArray[Any]) -> None:
+        pushed[id(self)].extend(zip(low.tolist(), frequency.tolist(), strict=True))
+
+    monkeypatch.setattr(rans.Encoder, "push", push)
+    shape = CODER.weights.shape(0, *size)
+    z = np.random.default_rng(0).normal(0, 3, (*shape, CODER.weights.grids[0].depth)).astype(np.float32)
+    grid, _ = CODER.encode(0, size, [], z, 0.5)
+    lanes = [expected(0, [grid], 0, (lane, 2)) for lane in range(2)]
+    assert sorted(pushed.values()) == sorted(lanes)
 
 
 @settings(max_examples=30)

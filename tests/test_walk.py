@@ -268,7 +268,7 @@ def test_an_empty_payload_is_all_null(coder: IndexCoder) -> None:
 def test_the_number_of_threads_changes_nothing(
     coder: IndexCoder, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = (1100, 64)
+    size = (1100, 420)  # the coarser grid has two lanes as well
     expected, payloads = encode(coder, size)
     monkeypatch.setattr(walk, "cores", lambda: threads)
     grids, written = encode(coder, size)
