@@ -109,9 +109,9 @@ def test_code_length_and_its_gradient_are_those_of_cross_entropy() -> None:
 def test_grouped_products_and_their_gradients_are_those_of_each_group(seed: int, share: float) -> None:
     torch.manual_seed(seed)
     rows = rows_of(torch.rand(GROUPS, CELLS) < share)
-    x = torch.randn(len(rows.place), 5, requires_grad=True)
-    weight = torch.randn(GROUPS, 4, 5, requires_grad=True)
-    bias = torch.randn(GROUPS, 4, requires_grad=True)
+    x = torch.randn(len(rows.place), 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(GROUPS, 4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(GROUPS, 4, dtype=torch.float64, requires_grad=True)
     out = grouped(x, weight, rows, bias)
     reference = (weight[rows.place // CELLS] @ x[..., None])[..., 0] + bias[rows.place // CELLS]
     torch.testing.assert_close(out, reference)
