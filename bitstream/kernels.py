@@ -765,7 +765,7 @@ def run(net, model, walk, room, coder, part, t, last):  # type: ignore[no-untype
         top, bottom = max(0, (t - w + 2) // 2), min(h - 1, t // 2)
         i = top + (part - top) % parts
         if coder.encode:
-            cells = max(0, (bottom - i) // len(coder.place) + 2)
+            cells = (bottom - i) // len(coder.place) + 1  # at most, of any lane; ``walk.encode`` has room for these
             for lane in range(part, len(coder.place), parts):
                 if coder.place[lane, 2] + cells * most > coder.intervals.shape[2]:
                     return t

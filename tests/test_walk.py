@@ -117,6 +117,25 @@ def test_lanes_and_blocks_of_large_grids_come_back(coder: IndexCoder, size: tupl
     assert same(decode(coder, size, payloads), grids)
 
 
+@pytest.mark.parametrize("size", [(1100, 40), (40, 1700), (700, 900)])
+def test_the_largest_wave_has_room_for_its_intervals(
+    coder: IndexCoder, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is all the room there is, as in pictures of 60 megapixels."""
+    expected, payloads = encode(coder, size)
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:  # alone, one waits no more than once for room in a wave
+        sleeps.append(seconds)
+        assert len(sleeps) < 1000
+
+    monkeypatch.setattr(walk, "INTERVALS", 1)
+    monkeypatch.setattr(walk, "cores", lambda: 1)
+    monkeypatch.setattr("time.sleep", sleep)
+    grids, written = encode(coder, size)
+    assert same(grids, expected) and written == payloads
+
+
 def test_codes_null_and_escapes_all_occur(coder: IndexCoder) -> None:
     grids, _ = encode(coder, (200, 200))
     for grid, config in zip(grids, coder.weights.grids, strict=True):
