@@ -111,6 +111,24 @@ def test_an_autocast_of_the_caller_changes_nothing(codec: Codec) -> None:
             assert codec.decode(expected).tobytes() == codec.decode(expected).tobytes()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, "meta"])
+def test_defaults_of_the_caller_change_nothing(codec: Codec, default: torch.dtype | str) -> None:
+    """Neither for a model that is there, nor for one that is loaded under them."""
+    image = Image.open(PHOTO)
+    data = codec.encode(image, 2, effort=2)
+    pixels, drawn = codec.decode(data).tobytes(), codec.sample(40, 30, 2).tobytes()
+    before = torch.get_default_dtype(), torch.get_default_device()
+    try:
+        (torch.set_default_device if default == "meta" else torch.set_default_dtype)(default)
+        for each in (codec, Codec.load(WEIGHTS, "cpu")):
+            assert each.encode(image, 2, effort=2) == data
+            assert each.decode(data).tobytes() == pixels
+            assert each.sample(40, 30, 2).tobytes() == drawn
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_default_device(before[1])
+
+
 def test_a_model_codes_like_its_weights_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = load_weights(WEIGHTS)
