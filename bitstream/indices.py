@@ -13,7 +13,7 @@ from bitstream import container, walk
 from bitstream.container import DEFAULT_MAX_PIXELS, Container, Header
 from bitstream.errors import DamagedError, ModelMismatchError
 from bitstream.prior import Prior
-from bitstream.walk import Grid, Setting
+from bitstream.walk import Grid, Setting, Tell
 from bitstream.weights import Weights
 
 Progress = Callable[[float], None]
@@ -72,10 +72,11 @@ class IndexCoder:
             )
         if header.level > self.weights.levels:
             raise DamagedError(f"level {header.level}, the model has {self.weights.levels} levels: the file is damaged")
-        tell = Counter(self.weights, (header.height, header.width), progress, len(payloads))
+        size = header.height, header.width
+        counter = Counter(progress, sum(self._indices(k, size) for k in range(len(payloads))))
         grids: list[Grid] = []
         for k, payload in enumerate(payloads):
-            setting = self._setting(k, header.level - 1, (header.height, header.width), grids, tell)
+            setting = self._setting(k, header.level - 1, size, grids, counter)
             if bits is not None:
                 bits.append(np.zeros((self.weights.grids[k].groups, *setting.shape), np.float32))
                 setting = setting._replace(bits=bits[k])
@@ -89,7 +90,7 @@ class IndexCoder:
         grids: Sequence[Grid],
         latents: NDArray[np.float32],
         rate_weight: float,
-        tell: "Counter | None" = None,
+        progress: Progress | None = None,
     ) -> tuple[Grid, bytes]:
         """The next finer grid of an image and its payload.
 
@@ -97,7 +98,9 @@ class IndexCoder:
         are those of least |z - e|^2 + rate_weight * bits, one after the other. ValueError for latents that are not
         finite.
         """
-        return walk.encode(self._setting(len(grids), level, size, grids, tell), latents, rate_weight)
+        k = len(grids)
+        counter = Counter(progress, self._indices(k, size))
+        return walk.encode(self._setting(k, level, size, grids, counter), latents, rate_weight)
 
     def sample(
         self,
@@ -124,30 +127,33 @@ class IndexCoder:
         return parts.grids
 
     def _setting(
-        self, k: int, level: int, size: tuple[int, int], grids: Sequence[Grid], tell: "Counter | None" = None
+        self, k: int, level: int, size: tuple[int, int], grids: Sequence[Grid], counter: "Counter | None" = None
     ) -> Setting:
         if (k, level) not in self._priors:  # kept: making one ready takes as long as a small picture
             self._priors[k, level] = Prior(self.weights, k, level)
-        counting = tell.count if tell else None
-        if tell:
-            tell.groups = self.weights.grids[k].groups
+        tell = counter.of(self.weights.grids[k].groups) if counter else None
         coarser = np.ascontiguousarray(grids[k - 1]) if k else None
-        return Setting(self._priors[k, level], self.weights.shape(k, *size), coarser, tell=counting)
+        return Setting(self._priors[k, level], self.weights.shape(k, *size), coarser, tell=tell)
+
+    def _indices(self, k: int, size: tuple[int, int]) -> int:
+        """How many grid k has."""
+        return self.weights.grids[k].groups * int(np.prod(self.weights.shape(k, *size)))
 
 
 class Counter:
-    """Tells a progress function which part of an image's indices is coded."""
+    """Tells a progress function which part of ``total`` indices is coded."""
 
-    def __init__(
-        self, weights: Weights, size: tuple[int, int], progress: Progress | None, grids: int | None = None
-    ) -> None:
-        """size: (height, width) in pixels; grids: how many are coded, None for all."""
-        count = len(weights.grids) if grids is None else grids
-        self.total = sum(weights.grids[k].groups * int(np.prod(weights.shape(k, *size))) for k in range(count))
-        self.progress, self.done, self.groups = progress, 0, 0
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
 
-    def count(self, cells: int) -> None:
-        """Some cells of the grid in hand, with ``groups`` indices each, are coded."""
-        self.done += cells * self.groups
-        if self.progress is not None:
-            self.progress(self.done / self.total)
+    def of(self, groups: int) -> Tell | None:
+        """Counts cells of so many indices."""
+        progress = self.progress
+        if progress is None:
+            return None
+
+        def tell(cells: int) -> None:
+            self.done += cells * groups
+            progress(self.done / self.total)
+
+        return tell

@@ -287,6 +287,23 @@ def test_progress_rises_to_one(codec: Codec, size: tuple[int, int]) -> None:
     assert seen == sorted(seen) and seen[-1] == 1.0
 
 
+def test_progress_goes_on_in_the_networks(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile by tile: no stage is passed over in one jump."""
+    monkeypatch.setattr(tiling, "TILE", 64)
+    monkeypatch.setattr(refine, "TILE", 64)
+    image = Image.open(IMAGES / "otters.png").crop((100, 100, 420, 420))
+    encoder = PictureEncoder(codec, from_pil(image))
+    first: list[float] = []
+    again: list[float] = []  # of the same level: it is analysed already
+    back: list[float] = []
+    data = encoder.encode(2, first.append)
+    encoder.encode(2.2, again.append)
+    codec.decode(data, progress=back.append)
+    for seen in (first, again, back):
+        assert seen == sorted(seen) and seen[-1] == 1.0
+        assert np.diff([0.0, *seen]).max() < 0.1
+
+
 def test_qualities_out_of_range_are_refused_with_the_range(codec: Codec) -> None:
     for quality in (0.99, 3.01, float("nan"), -1):
         with pytest.raises(ValueError, match=r"not in 1\.\.3"):

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from bitstream.errors import WorkerError
-from vqcodec.codec import Codec, Progress
+from vqcodec.codec import Codec
 from vqcodec.image import Strip, read, stripped
 from vqcodec.jobs import Job, begin
 from vqcodec.output import Options, save
+from vqcodec.progress import Progress
 from vqcodec.targets import Target
 
 Item = TypeVar("Item")

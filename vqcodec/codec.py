@@ -14,7 +14,7 @@ from torch import Tensor
 from bitstream import container
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
 from bitstream.errors import DamagedError, DeviceError, ImageError
-from bitstream.indices import Counter, IndexCoder
+from bitstream.indices import IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
 from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
@@ -36,10 +36,13 @@ from vqcodec.metrics import psnr
 from vqcodec.models import refine
 from vqcodec.models.tiling import Step, run_tiled
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.progress import Progress, Stages
 from vqcodec.targets import Reached, Target, reach
 from vqcodec.weights import SHIPPED, as_coded, load
 
-Progress = Callable[[float], None]
+# What the stages of encoder and decoder take, about: seconds for 12 megapixels on two cores.
+ANALYSIS, LATENTS, FIT_STEP, CONTEXT, COARSE_WALK, WALK = 10, 2, 7, 1, 1, 4
+INDICES, PIXELS = 3, 7
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,10 +148,12 @@ class Codec:
         header = parts.header
         memory.require(header.width, header.height)
         alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
-        indices = self.indices
-        grids = indices.pop(header, parts.grids[:1], progress) if preview else indices.decode(parts, progress)
+        indices, stages = self.indices, Stages(progress, INDICES + PIXELS)
+        told = stages.next(INDICES)
+        grids = indices.pop(header, parts.grids[:1], told) if preview else indices.decode(parts, told)
         blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
-        pixels = _pixels(self, grids, header.level - 1, (header.height, header.width), header.colour, blocks)
+        size = header.height, header.width
+        pixels = _pixels(self, grids, header.level - 1, size, header.colour, blocks, stages.next(PIXELS))
         icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
         return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
 
@@ -237,9 +242,11 @@ class Codec:
         network: Callable[..., Sequence[Tensor]],
         cells: tuple[int, int],
         *sources: Tensor | None,
+        progress: Progress | None = None,
     ) -> list[Tensor]:
         config = self.model.config
-        return run_tiled([Step(network, sources, config.halo())], cells, config.stride, self.device)
+        step = Step(network, sources, config.halo())
+        return run_tiled([step], cells, config.stride, self.device, progress=progress)
 
 
 class PictureEncoder:
@@ -274,25 +281,32 @@ class PictureEncoder:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
         codec, model = self.codec, self.codec.model
         level, rate_weight = codec.level_for(quality, level)
-        tell = Counter(codec.indices.weights, self.size, progress)
         self.grids, payloads, context = [], [], None
         finest = len(model.codebooks) - 1
+        analysis = ANALYSIS if level != self._level else 0
+        coarse = finest * (COARSE_WALK + CONTEXT + LATENTS)
+        stages = Stages(progress, analysis + coarse + self.steps * FIT_STEP + WALK)
         with _inference(codec.device):
-            self._analyse(level)
+            self._analyse(level, stages.next(analysis))
             number = _level(level, codec.device)
             for k in range(len(model.codebooks)):
                 if k == 0:
                     z = self._found[0]
                 else:
                     (z,) = codec.tiled(
-                        lambda f, c, k=k: [model.latent(k, f, c, number)], self.cells, self._found[k], context
+                        lambda f, c, k=k: [model.latent(k, f, c, number)],
+                        self.cells,
+                        self._found[k],
+                        context,
+                        progress=stages.next(LATENTS),
                     )
                 if k == finest:
                     if self.steps:
-                        z = self._fitted(z, context, rate_weight)
+                        z = self._fitted(z, context, rate_weight, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
-                grid, payload = codec.indices.encode(level, self.size, self.grids, latents, rate_weight, tell)
+                told = stages.next(WALK if k == finest else COARSE_WALK)
+                grid, payload = codec.indices.encode(level, self.size, self.grids, latents, rate_weight, told)
                 self.grids.append(grid)
                 payloads.append(payload)
                 if k < finest:
@@ -301,6 +315,7 @@ class PictureEncoder:
                         self.cells,
                         *map(_tensor, self.grids),
                         context,
+                        progress=stages.next(CONTEXT),
                     )
         picture = self.picture
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint)
@@ -313,7 +328,7 @@ class PictureEncoder:
         assert self._level is not None
         return _pixels(self.codec, self.grids, self._level, self.size, self.colour, self.flat)
 
-    def _analyse(self, level: int) -> None:
+    def _analyse(self, level: int, progress: Progress | None) -> None:
         """The networks' work on a level, unless it is at hand."""
         if level == self._level:
             return
@@ -327,10 +342,10 @@ class PictureEncoder:
         def latent(features: Tensor) -> list[Tensor]:
             return [model.latent(0, features, None, number)]
 
-        coarsest, *finer = codec.tiled(analyse, self.cells, self._padded())
+        coarsest, *finer = codec.tiled(analyse, self.cells, self._padded(), progress=progress)
         self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
 
-    def _fitted(self, z: Tensor, context: Tensor | None, rate_weight: float) -> Tensor:
+    def _fitted(self, z: Tensor, context: Tensor | None, rate_weight: float, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
         model, finest = self.codec.model, len(self.grids)
         assert self._level is not None
@@ -342,7 +357,7 @@ class PictureEncoder:
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
         step = Step(fit, [self._padded(), z, context, *map(_tensor, self.grids)], model.config.halo(finest))
-        (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, tile=refine.TILE)
+        (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
         return z
 
     def _padded(self) -> Tensor:
@@ -359,9 +374,10 @@ def _pixels(
     size: tuple[int, int],
     colour: ColourMode,
     blocks: bytes | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.uint8]:
     """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0) and the content of a flat chunk."""
-    pixels = _decode_pixels(codec, [_tensor(grid) for grid in grids], _level(level, codec.device), size)
+    pixels = _decode_pixels(codec, [_tensor(grid) for grid in grids], _level(level, codec.device), size, progress)
     if colour.one_plane:
         # The mean of the channels, rounded, in integers.
         pixels = ((2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6).astype(np.uint8)
@@ -370,7 +386,9 @@ def _pixels(
     return np.repeat(pixels, 3, axis=2) if colour.one_plane else pixels
 
 
-def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
+def _decode_pixels(
+    codec: Codec, grids: Sequence[Tensor], level: Tensor, size: tuple[int, int], progress: Progress | None
+) -> NDArray[np.uint8]:
     """The image (H, W, 3), (H, W) = size, of index grids."""
 
     model, config = codec.model, codec.model.config
@@ -385,7 +403,8 @@ def _decode_pixels(codec: Codec, grids: Sequence[Tensor], level: Tensor, size: t
 
     cells = (grids[0].shape[2], grids[0].shape[3])
     with _inference(codec.device):
-        (x,) = run_tiled([step(k) for k in range(len(config.grids))], cells, config.stride, codec.device, size)
+        steps = [step(k) for k in range(len(config.grids))]
+        (x,) = run_tiled(steps, cells, config.stride, codec.device, size, progress=progress)
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 

@@ -31,19 +31,20 @@ def run_tiled(
     device: torch.device,
     size: tuple[int, int] | None = None,
     tile: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Tensor]:
     """Apply networks one after the other to tiles of a picture, on a device; the results gather on the CPU.
 
     A step gets its sources, then the results of the step before. cells: size of the picture in cells of ``stride``
     pixels. size: height and width to keep of the results, None for all: a picture that is one pixel high takes no
-    memory for its padding. tile: side in pixels, a multiple of stride;
-    None: ``TILE``.
+    memory for its padding. tile: side in pixels, a multiple of stride; None: ``TILE``. progress: called with 0..1.
     Guarantee: equal to the untiled networks up to float rounding.
     """
     outputs: list[Tensor] = []
     span = (tile or TILE) // stride
-    for top in range(0, cells[0], span):
-        for left in range(0, cells[1], span):
+    rows, columns = range(0, cells[0], span), range(0, cells[1], span)
+    for down, top in enumerate(rows):
+        for right, left in enumerate(columns):
             inner = [(a, min(a + span, end)) for a, end in zip((top, left), cells, strict=True)]
             margins = [sum(step.halo for step in steps[k:]) // stride for k in range(len(steps) + 1)]
             boxes = [
@@ -53,8 +54,8 @@ def run_tiled(
             for step, outer, box in zip(steps, boxes, boxes[1:], strict=False):
                 parts = [None if s is None else _cut(s, outer, s.shape[2] // cells[0]).to(device) for s in step.sources]
                 shift = [(a - o, b - o) for (a, b), (o, _) in zip(box, outer, strict=True)]
-                rows = outer[0][1] - outer[0][0]
-                results = [_cut(x, shift, x.shape[2] // rows) for x in step.network(*parts, *results)]
+                high = outer[0][1] - outer[0][0]
+                results = [_cut(x, shift, x.shape[2] // high) for x in step.network(*parts, *results)]
             ratios = [x.shape[2] // (inner[0][1] - inner[0][0]) for x in results]
             if not outputs:
                 sizes = [size or (cells[0] * ratio, cells[1] * ratio) for ratio in ratios]
@@ -62,6 +63,8 @@ def run_tiled(
             for output, result, ratio in zip(outputs, results, ratios, strict=True):
                 target = _cut(output, inner, ratio)
                 target.copy_(result[:, :, : target.shape[2], : target.shape[3]])
+            if progress:
+                progress((down * len(columns) + right + 1) / (len(rows) * len(columns)))
     return outputs
 
 
