@@ -6,7 +6,9 @@ What is slow to import (torch, numpy, Pillow, rich) is imported by the command t
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -587,7 +589,18 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-_positive = click.FloatRange(0, min_open=True)
+class _Positive(click.FloatRange):
+    def __init__(self) -> None:
+        super().__init__(0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number greater than 0", param, ctx)
+        return number
+
+
+_positive = _Positive()
 
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
@@ -931,10 +944,13 @@ class _Dimensions(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        width, cross, height = str(value).lower().partition("x")
-        if not (cross and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            self.fail(f"{value!r} is not a size in pixels: write it like 256x192", param, ctx)
-        return int(width), int(height)
+        from bitstream.container import MAX_SIDE
+
+        sides = re.fullmatch(r"(\d{1,9})x(\d{1,9})", str(value).lower(), re.ASCII)
+        width, height = map(int, sides.groups()) if sides else (0, 0)
+        if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+            self.fail(f"{value!r} is not a size of 1 to {MAX_SIDE} pixels a side: write it like 256x192", param, ctx)
+        return width, height
 
 
 @main.command(epilog=_EXIT_CODES)
@@ -979,8 +995,6 @@ def sample(
     Writes sample-0.png, sample-1.png, ... into the folder OUT, which is made if need be: the number is the seed, and
     the same seed and options draw the same picture.
     """
-    if size[0] * size[1] > max_pixels:
-        raise Failure(f"{size[0]} x {size[1]} pixels, the limit is {max_pixels}: raise it (--max-pixels)")
     targets = {n: os.path.join(out, f"sample-{n}.png") for n in range(seed, seed + number)}
     refuse_clashes([Job(top_from or "", target) for target in targets.values()], force)
     top = None if top_from is None else read_file(top_from)
@@ -989,7 +1003,7 @@ def sample(
     for n, target in targets.items():
         with blame(title(top_from or target)), _bar(target):
             if top is None:
-                drawn = codec.sample(*size, quality, seed=n, temperature=temperature)
+                drawn = codec.sample(*size, quality, seed=n, temperature=temperature, max_pixels=max_pixels)
             else:
                 drawn = codec.sample_from(top, seed=n, temperature=temperature, max_pixels=max_pixels)
         encoded = BytesIO()
@@ -1042,7 +1056,7 @@ _path = click.Path(path_type=Path)
     help="Another folder, and its share of the crops: 0.08, for example.",
 )
 @click.option("--steps", metavar="N", type=_count, help="Length of the run in steps...")
-@click.option("--hours", metavar="H", type=click.FloatRange(0, min_open=True), help="... or in hours.")
+@click.option("--hours", metavar="H", type=_positive, help="... or in hours.")
 @click.option("--batch", metavar="N", type=_count, default=8, help="Crops per step and process.")
 @click.option("--crop", metavar="N", type=_count, default=256, help="Side of a crop in pixels.")
 @click.option("--seed", metavar="N", type=int, default=0, help="Of weights and crops.")

@@ -16,6 +16,7 @@ from test_cli import on_terminal, png, posix, refused, run, succeeded
 from tiny_model import WEIGHTS
 
 import cli
+from bitstream.errors import LimitError
 from vqcodec import files
 from vqcodec.batch import Encode, Tally
 from vqcodec.codec import Codec
@@ -527,17 +528,28 @@ def test_samples_around_the_coarse_grid_of_a_file_differ(photo: Path, codec: Cod
     refused(run("sample", "--top-from", "photo.vq2", "-o", "drawn", "-f", "--max-pixels", 9), "limit is 9")
 
 
-BAD_SAMPLES = (["--size", "10"], ["--size", "0x5"], ["--temperature", "0"], ["-q", "5"], ["-n", "0"])
+BAD_SAMPLES = (
+    *(["--size", size] for size in ("10", "0x5", "16777217x1", "9" * 5000 + "x1")),
+    *(["--temperature", number] for number in ("0", "inf", "nan")),
+    ["-q", "5"],
+    ["-n", "0"],
+)
 
 
-@pytest.mark.parametrize("args", BAD_SAMPLES)
+@pytest.mark.parametrize("args", BAD_SAMPLES, ids=lambda args: " ".join(args)[:30])
 def test_impossible_samples_are_bad_usage(here: Path, args: list[str]) -> None:
     assert run("sample", "-o", "drawn", "-q", "2", *args).exit_code == 2
     assert not (here / "drawn").exists()
 
 
-def test_samples_have_a_limit_of_pixels() -> None:
-    refused(run("sample", "--size", "9000000x9000000", "-o", "drawn"), "9000000 x 9000000 pixels, the limit is")
+def test_samples_have_the_limits_of_decoding(here: Path, codec: Codec) -> None:
+    for size, limit, named in (("9000000x9000000", 2**27, "limit is"), ("100x1", 100, "allows 80 a side")):
+        refused(run("sample", "-q", 2, "--size", size, "-o", "drawn", "--max-pixels", limit), named)
+    with pytest.raises(LimitError, match="100 x 1 pixels"):
+        codec.sample(100, 1, 2, max_pixels=100)
+    for width, height in ((0, 5), (5, -1), (2**24 + 1, 1)):
+        with pytest.raises(ValueError, match=f"{width} x {height}"):
+            codec.sample(width, height, 2)
 
 
 # --- looking ---

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from bitstream import container
-from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header
-from bitstream.errors import DamagedError, DeviceError, ImageError
+from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header, over_limit
+from bitstream.errors import DamagedError, DeviceError, ImageError, LimitError
 from bitstream.indices import IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
@@ -197,13 +197,19 @@ class Codec:
         *,
         seed: int = 0,
         temperature: float = 1.0,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Image.Image:
         """Draw an image from the priors, by the walk that codes.
 
         temperature: below 1 the likely indices are drawn more often than the priors say, which gives calmer images.
-        ValueError unless it is positive and finite, and for a quality out of range.
+        ValueError unless it is positive and finite, and for a size or quality out of range. Raises LimitError for a
+        size that ``decode`` would refuse.
         """
         level, _ = self.level_for(quality)
+        Header(level + 1, width, height, ColourMode.RGB, self.fingerprint)  # which checks the size
+        if excess := over_limit(width, height, max_pixels):
+            raise LimitError(f"{excess}: raise it (--max-pixels)")
+        memory.require(width, height)
         return self._sample((height, width), level, [], seed, temperature)
 
     def sample_from(
