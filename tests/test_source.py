@@ -1,5 +1,6 @@
 """What files say beyond what Pillow tells: kind, samples, colours, and what gets lost."""
 
+import hashlib
 import io
 import re
 import struct
@@ -16,7 +17,8 @@ from PIL.PngImagePlugin import PngImageFile
 from bitstream.container import ColourMode
 from bitstream.errors import ImageError
 from vqcodec.alpha import prepared
-from vqcodec.image import from_array, from_pil, read, stripped
+from vqcodec.image import from_array, from_pil, orientation, read, stripped
+from vqcodec.output import save
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RAMP = np.tile(np.linspace(0, 1, 64), (16, 1))
@@ -437,6 +439,41 @@ def test_extended_xmp_that_does_not_fit_is_noted_and_the_other_kept(data: bytes)
     picture = read(data)
     assert picture.xmp and b"AAAA" not in picture.xmp
     assert [note.startswith("extended XMP of ") for note in picture.notes] == [True]
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_xmp_that_is_too_long_for_a_packet_is_extended_in_jpeg(turn: int) -> None:
+    depth = b'<d:map xmlns:d="urn:d">' + b"A" * 150_000 + b"</d:map>"
+    picture = from_array(np.full((16, 24, 3), 128, np.uint8))
+    turned = b'rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%d"' % turn
+    picture.xmp = b"<?xpacket begin='' id='W5M0MpCehiHzreSzNTczkc9d'?>" + packet(depth, turned) + b"<?xpacket end='w'?>"
+    file = io.BytesIO()
+    assert save(picture, file, "jpeg") == []
+    data = file.getvalue()
+
+    extension, guids, at = bytearray(), set(), 0
+    while (at := data.find(b"http://ns.adobe.com/xmp/extension/\0", at) + 35) > 35:
+        size = int.from_bytes(data[at - 37 : at - 35], "big")
+        whole, start = struct.unpack_from(">II", data, at + 32)
+        guids.add(data[at : at + 32])
+        assert start == len(extension)
+        extension += data[at + 40 : at - 37 + size]
+    assert len(extension) == whole and guids == {hashlib.md5(extension).hexdigest().upper().encode()}
+    main = Image.open(file).info["xmp"]
+    assert guids.pop() in main and b"AAAA" not in main and b"xpacket" not in extension
+
+    again = read(data)
+    assert again.notes == [] and again.xmp and depth in again.xmp and turned in again.xmp
+    assert orientation(again) == orientation(picture) == turn
+    twice = io.BytesIO()
+    assert save(again, twice, "jpeg") == [] and depth in (read(twice.getvalue()).xmp or b"")
+
+
+def test_xmp_that_would_not_come_back_is_left_out_of_jpeg() -> None:
+    picture = from_array(np.full((16, 24, 3), 128, np.uint8))
+    picture.xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'>" + b"<!-- mask -->" * 8000 + b"</x:xmpmeta>"
+    (note,) = save(picture, io.BytesIO(), "jpeg")
+    assert note == f"JPEG cannot hold the XMP data of {len(picture.xmp):,} bytes: it was left out"
 
 
 # --- large chunks of PNG ---

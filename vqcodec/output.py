@@ -26,6 +26,7 @@ from vqcodec.image import (
     stripped,
     to_pil,
 )
+from vqcodec.source import MOST_XMP, extended_xmp
 
 _FORMATS = {
     "avif": "AVIF",
@@ -214,6 +215,8 @@ def _metadata_options(picture: Picture, format: str) -> dict[str, Any]:
         options["pnginfo"].add_itxt("XML:com.adobe.xmp", options.pop("xmp"))
     if format == "AVIF" and picture.exif:
         options["exif"] = _AsItIs(picture.exif)
+    if format == "JPEG" and picture.xmp and len(picture.xmp) > MOST_XMP:
+        options["xmp"], options["extra"] = extended_xmp(picture.xmp)
     if format == "TIFF":  # EXIF is put around the file
         options["exif"] = Image.Exif()
         if picture.xmp:

@@ -3,6 +3,7 @@
 data: the whole file, or nothing if there is none (any more); then these functions know nothing, and say so.
 """
 
+import hashlib
 import re
 import struct
 import zlib
@@ -361,6 +362,34 @@ def _merged(xmp: bytes, extension: bytes) -> bytes | None:
     except ExpatError:
         return None
     return joined
+
+
+MOST_XMP = 65_504  # bytes of a packet in a JPEG file
+_MOST_EXTENSION = 65_400  # bytes of a part
+_HOLDER = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>\
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">\
+<rdf:Description rdf:about="" xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="%b"%b/>\
+</rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
+
+
+def extended_xmp(xmp: bytes) -> tuple[bytes, bytes]:
+    """The inverse of `joined_xmp` for XMP above `MOST_XMP`: a packet that names the extension, and says what programs
+    without an idea of that need, the orientation; and the segments with the extension.
+
+    Errors: ValueError if the XMP would not come back.
+    """
+    extension = re.sub(rb"<\?xpacket.*?\?>", b"", xmp, flags=re.DOTALL).strip(b"\0 \r\n\t")
+    guid = hashlib.md5(extension, usedforsecurity=False).hexdigest().upper().encode()
+    turn = re.search(rb"tiff:Orientation\s*(?:=\s*[\"']|>)\s*([1-8])", xmp)
+    upright = b' xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="%b"' % turn[1] if turn else b""
+    packet = _HOLDER % (guid, upright)
+    if _merged(packet, extension) is None:
+        raise ValueError("it is no RDF in XML")
+    segments = []
+    for at in range(0, len(extension), _MOST_EXTENSION):
+        content = _EXTENSION + guid + struct.pack(">II", len(extension), at) + extension[at : at + _MOST_EXTENSION]
+        segments.append(b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content)
+    return packet, b"".join(segments)
 
 
 # --- PNG ---
