@@ -22,8 +22,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from bitstream.container import DEFAULT_MAX_PIXELS
 from bitstream.errors import UsageError, VqcodecError
-from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, __version__, storage
+from vqcodec import __version__, storage
+from vqcodec.config import BEST_QUALITY, CONFIGS, DEFAULT_EFFORT, DEFAULT_QUALITY, EFFORTS, PRODUCT
 from vqcodec.formats import advice
 from vqcodec.jobs import Job, Plan, blame, finish, plan_jobs, read_file, reason, refuse_clashes, title, write_file
 
@@ -415,13 +417,15 @@ _weights = click.option(
 
 class _Quality(click.FloatRange):
     def __init__(self) -> None:
-        super().__init__(1, 8)
+        super().__init__(1, BEST_QUALITY)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         with contextlib.suppress(ValueError):
-            if 8 < float(value) <= 100:
-                hint = "it is not a JPEG's: 1 is the smallest file, 5 the default, 8 the best picture"
-                self.fail(f"{value} is not in the range from 1 to 8: {hint}", param, ctx)
+            if BEST_QUALITY < float(value) <= 100:
+                known = f"1 is the smallest file, {DEFAULT_QUALITY:g} the default, {BEST_QUALITY} the best picture"
+                self.fail(
+                    f"{value} is not in the range from 1 to {BEST_QUALITY}: it is not a JPEG's: {known}", param, ctx
+                )
         return float(super().convert(value, param, ctx))
 
 
@@ -431,7 +435,7 @@ _quality = click.option(
     metavar="Q",
     type=_Quality(),
     default=DEFAULT_QUALITY,
-    help="From 1, the smallest file, to 8, the best picture; fractions are fine.",
+    help=f"From 1, the smallest file, to {BEST_QUALITY}, the best picture; fractions are fine.",
 )
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists and is not older.")
@@ -468,7 +472,7 @@ _max_pixels = click.option(
     "--max-pixels",
     metavar="N",
     type=_count,
-    default=2**27,
+    default=DEFAULT_MAX_PIXELS,
     help="Refuse larger pictures, and sides longer than 8 times its root, before they take any memory.",
 )
 
@@ -611,9 +615,9 @@ _positive = _Positive()
 @click.option(
     "--effort",
     metavar="N",
-    type=click.IntRange(0, 3),
+    type=click.IntRange(0, len(EFFORTS) - 1),
     default=DEFAULT_EFFORT,
-    help="From 0, the fastest, to 3, the most quality for the bytes.",
+    help=f"From 0, the fastest, to {len(EFFORTS) - 1}, the most quality for the bytes.",
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed; the file is written all the same.")
 @click.option("--lenient", is_flag=True, help="Take what is there of truncated JPEG and PNG files, with a warning.")
@@ -1044,8 +1048,8 @@ _path = click.Path(path_type=Path)
 )
 @click.option(
     "--config",
-    type=click.Choice(["vqcodec", "vqvae2-paper", "vqvae2-paper-large"]),
-    help="Layout of the model.  [default: vqcodec, or that of --start]",
+    type=click.Choice(list(CONFIGS)),
+    help=f"Layout of the model.  [default: {PRODUCT.name}, or that of --start]",
 )
 @click.option("--start", metavar="FILE", type=_path, help="Weights to start from.")
 @click.option(
@@ -1095,7 +1099,6 @@ def train(
         raise click.UsageError(f"stage {stage} needs trained weights: give them with --start")
     if (shares := sum(share for _, share in mix)) >= 1:
         raise click.UsageError(f"the shares of --mix add up to {shares:g}: leave some for {images}")
-    from vqcodec.quality import CONFIGS
     from vqcodec.training import trainer
     from vqcodec.training.data import find_images
     from vqcodec.weights import load_weights
@@ -1105,7 +1108,7 @@ def train(
         with blame(str(folder)):
             find_images(folder)  # before RUN is made
     with blame():
-        layout = load_weights(start).config if start else CONFIGS[config or "vqcodec"]
+        layout = load_weights(start).config if start else CONFIGS[config or PRODUCT.name]
     with blame(str(output)):
         run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start, mix)
         trainer.train(run, click.echo if first else lambda _: None)

@@ -18,8 +18,9 @@ from benchmarks import corpus, indices, machine
 from benchmarks.corpus import Bytes
 from benchmarks.metrics import Curve, bd_rate, bits_per_pixel, psnr, relative_size
 from bitstream.walk import Grid
-from vqcodec import DEFAULT_EFFORT, Codec
+from vqcodec import Codec
 from vqcodec.codec import PictureEncoder
+from vqcodec.config import DEFAULT_EFFORT
 from vqcodec.image import from_array
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import load_weights

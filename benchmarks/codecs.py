@@ -153,7 +153,7 @@ def available(names: Sequence[str] = tuple(RIVALS)) -> tuple[list[Rival], dict[s
 
 def vq2(codec: "Codec", qualities: Sequence[float] | None = None) -> Rival:
     """Ours. qualities: all levels of the model if None."""
-    from vqcodec import DEFAULT_EFFORT
+    from vqcodec.config import DEFAULT_EFFORT
 
     def decode(data: bytes) -> Bytes:
         return np.array(codec.decode(data))

@@ -23,6 +23,7 @@ from benchmarks.corpus import Bytes
 from bitstream import container, rans, walk
 from bitstream.errors import ImageError
 from vqcodec import Codec
+from vqcodec.config import DEFAULT_QUALITY
 from vqcodec.image import read
 from vqcodec.models import refine
 
@@ -111,7 +112,7 @@ def run(
     loaded = {device: Codec.load(weights, device=device) for device in devices}
     codec = loaded[devices[0]]
     if quality is None:
-        quality = min(vqcodec.DEFAULT_QUALITY, codec.model.config.levels)
+        quality = min(DEFAULT_QUALITY, codec.model.config.levels)
     source = None if image is None else _source(image)
     if source is not None:
         sizes = sizes or [(source.shape[1], source.shape[0])]

@@ -19,10 +19,10 @@ from bitstream import container, rans
 from bitstream.container import Container, Header
 from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
 from vqcodec.codec import Codec, PictureEncoder
+from vqcodec.config import EFFORTS, GridConfig, ModelConfig, PriorConfig
 from vqcodec.image import from_pil, read
 from vqcodec.models import refine, tiling
-from vqcodec.models.pixelsnail import PriorConfig
-from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import load_weights, save_weights
 
 TABLE = [line.split() for line in (GOLDEN / "decode.txt").read_text().splitlines()]
@@ -381,5 +381,5 @@ def test_models_of_one_or_three_grids_code_at_every_effort(
     model = VQVAE(ModelConfig("small", lambdas, channels=(8,) * len(strides), blocks=1, grids=grids))
     small = Codec(model, "cpu")
     image = Image.open(PHOTO).resize((56, 40))
-    for effort in range(len(refine.STEPS)):
+    for effort in range(len(EFFORTS)):
         assert small.decode(small.encode(image, 1, effort=effort)).size == image.size

@@ -15,9 +15,10 @@ from bitstream import rans
 from bitstream.exact import ESCAPE_BITS, TABLE_BITS
 from bitstream.indices import IndexCoder
 from bitstream.walk import Grid
+from vqcodec.config import GridConfig, ModelConfig, PriorConfig
 from vqcodec.models.dyadic import frequencies
-from vqcodec.models.pixelsnail import PriorConfig, rows_of
-from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
+from vqcodec.models.pixelsnail import rows_of
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import as_coded
 
 STRIDE, LEVELS = 8, 2

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitstream.exact import ESCAPE_SIDE, ESCAPE_STEP
+from vqcodec.config import PriorConfig
 from vqcodec.models import pixelsnail
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, grouped, per_row, rows_of, take
+from vqcodec.models.pixelsnail import PixelSNAIL, grouped, per_row, rows_of, take
 from vqcodec.models.quantizer import Choice, Codebook, code_length, flag_bits, put
 
 GROUPS, CODES, CELLS = 3, 8, 60

@@ -13,10 +13,10 @@ from PIL import Image
 from tiny_model import TINY, WEIGHTS
 
 from bitstream.errors import WeightsError
+from vqcodec.config import CONFIGS, PRODUCT
 from vqcodec.models.pixelsnail import rows_of
 from vqcodec.models.quantizer import REBIRTHS
 from vqcodec.models.vqvae import VQVAE
-from vqcodec.quality import CONFIGS, PRODUCT
 from vqcodec.training import trainer
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise

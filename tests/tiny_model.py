@@ -6,8 +6,7 @@ It is trained once and never again: `python tests/tiny_model.py IMAGES` made it,
 import sys
 from pathlib import Path
 
-from vqcodec.models.pixelsnail import PriorConfig
-from vqcodec.models.vqvae import GridConfig, ModelConfig
+from vqcodec.config import GridConfig, ModelConfig, PriorConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = GOLDEN / "tiny.safetensors"

@@ -33,6 +33,7 @@ from bitstream.errors import (
     WeightsError,
     WorkerError,
 )
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -66,9 +67,6 @@ __all__ = [
     "encode",
     "encode_to",
 ]
-
-DEFAULT_QUALITY = 5.0
-DEFAULT_EFFORT = 1
 
 _default: "dict[str, Codec]" = {}
 

@@ -17,8 +17,9 @@ from bitstream.errors import DamagedError, DeviceError, ImageError, LimitError
 from bitstream.indices import IndexCoder
 from bitstream.walk import Grid
 from bitstream.weights import Weights
-from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY, flat, memory
+from vqcodec import flat, memory
 from vqcodec.alpha import prepared
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, EFFORTS
 from vqcodec.image import (
     Picture,
     Source,
@@ -267,13 +268,13 @@ class PictureEncoder:
             raise ImageError(
                 f"the image has {self.width} x {self.height} pixels, the format holds up to {MAX_SIDE} a side"
             )
-        if not 0 <= effort < len(refine.STEPS):
-            raise ValueError(f"effort {effort} is not in 0..{len(refine.STEPS) - 1}")
+        if not 0 <= effort < len(EFFORTS):
+            raise ValueError(f"effort {effort} is not in 0..{len(EFFORTS) - 1}")
         self.codec, self.picture = codec, prepared(picture)
         self.size = self.height, self.width
         self.cells = codec.indices.weights.shape(0, *self.size)
         # Without rate the nearest codes are what was asked for.
-        self.steps = refine.STEPS[effort] if codec.model.config.rate_constrained else 0
+        self.steps = EFFORTS[effort] if codec.model.config.rate_constrained else 0
         picture = self.picture
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         equal = (picture.pixels == picture.pixels[..., :1]).all()

@@ -25,7 +25,7 @@ import vqcodec
 from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import BitstreamError, DamagedError
-from vqcodec import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY
 from vqcodec.image import EXIF_PREFIX, checked_exif, from_pil
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}

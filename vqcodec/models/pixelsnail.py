@@ -14,7 +14,6 @@ agree bit for bit.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,25 +30,13 @@ from bitstream.exact import (
     CONDITION_WIDTH,
     LOGIT_BITS,
 )
+from vqcodec.config import PriorConfig
 from vqcodec.models import Modules, dyadic
 from vqcodec.models.dyadic import DyadicLinear
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.
 # Largest share of all (group, cell) pairs whose outcomes are computed on a GPU, where shapes must not depend on data.
 CAPACITY = 0.5
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """channels: width of the residual stream; blocks: gated residual blocks; flags, hidden: units of a group's flag and
-    of its head; heads: attention heads, 0 for none; head_channels: channels of a query, key or value."""
-
-    channels: int
-    blocks: int
-    flags: int
-    hidden: int
-    heads: int = 0
-    head_channels: int = 16
 
 
 Update = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,7 @@ is entropy-constrained vector quantization (Chou, Lookabaugh and Gray, 1989) wit
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitstream.exact import CODE_SCALE_BITS, ESCAPE_BITS, ESCAPE_SIDE, ESCAPE_STEP, INDICES
+from vqcodec.config import Learning
 from vqcodec.models import dyadic
 from vqcodec.models.pixelsnail import Rows, grouped, per_row, rows_of, take
-
-Learning = Literal["ema", "loss"]
 
 DECAY = 0.99  # of the EMA codebook
 COMMITMENT = 0.25  # beta of equation 2

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vqcodec.models.vqvae import VQVAE
 
-STEPS = (0, 1, 3, 8)  # by effort
 RATE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
 TILE = 512  # pixels: a tile takes as much memory as in training
 

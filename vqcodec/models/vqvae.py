@@ -8,7 +8,6 @@ model begins as a plain transform codec and spends its training on what is bette
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,71 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitstream.exact import ESCAPE_BITS
+from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
 from vqcodec.models.dyadic import table_bits
-from vqcodec.models.pixelsnail import PixelSNAIL, PriorConfig, rows_of, take
-from vqcodec.models.quantizer import COMMITMENT, Codebook, Learning, code_length, flag_bits, put
+from vqcodec.models.pixelsnail import PixelSNAIL, rows_of, take
+from vqcodec.models.quantizer import COMMITMENT, Codebook, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
-STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
 SPREAD = 4.0  # on the linear path coefficients are this many times larger, of the order of the features
 QUIET = 0.1  # factor on the first weights of what is added to the linear path
-
-
-@dataclass(frozen=True)
-class GridConfig:
-    """One grid: a cell of stride x stride pixels holds ``groups`` indices into codebooks of ``codes`` vectors of
-    ``dim`` channels, beside null and, with ``escape``, the points of a lattice."""
-
-    stride: int
-    groups: int
-    dim: int
-    codes: int
-    prior: PriorConfig
-    escape: bool = False
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A model.
-
-    lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
-    rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
-    blocks: residual blocks per stage of either. grids: coarsest first. linear_path: a linear transform of pixel blocks
-    runs beside the networks.
-    """
-
-    name: str
-    lambdas: tuple[float, ...]
-    channels: tuple[int, ...]
-    blocks: int
-    grids: tuple[GridConfig, ...]
-    linear_path: bool = False
-    codebook: Learning = "ema"
-
-    @property
-    def levels(self) -> int:
-        return len(self.lambdas)
-
-    @property
-    def stride(self) -> int:
-        """Image sides are padded to a multiple of this."""
-        return self.grids[0].stride
-
-    @property
-    def rate_constrained(self) -> bool:
-        return self.lambdas[0] > 0
-
-    def halo(self, k: int | None = None) -> int:
-        """Pixels, a multiple of the stride: no output of the encoder depends on inputs further away than this; for a
-        grid k, none of ``decode_grid``."""
-        coarsest = self.stride if k is None else self.grids[k].stride
-        finest = STEM if k is None or k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride
-        reach, stride = 0, finest
-        while stride <= coarsest:
-            reach += stride * (2 * self.blocks + 1)  # of the blocks, and one convolution before or after
-            stride *= 2
-        return -(-reach // self.stride) * self.stride
 
 
 class ResBlock(nn.Module):

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitstream.errors import UsageError, WeightsError
-from vqcodec.models.vqvae import VQVAE, ModelConfig
+from vqcodec.config import ModelConfig
+from vqcodec.models.vqvae import VQVAE
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
 from vqcodec.weights import load_weights, save_weights

@@ -19,17 +19,12 @@ from torch import Tensor
 from bitstream.errors import WeightsError
 from bitstream.exact import ACTIVATION_BITS, LOGIT_BITS
 from bitstream.weights import FORMAT, Weights
+from vqcodec.config import ModelConfig
 from vqcodec.models.dyadic import DyadicLinear, logit, power_of_two, weight_exponent
-from vqcodec.models.pixelsnail import CausalAttention, PriorConfig
-from vqcodec.models.vqvae import VQVAE, GridConfig, ModelConfig
+from vqcodec.models.pixelsnail import CausalAttention
+from vqcodec.models.vqvae import VQVAE
 
 SHIPPED = Path(__file__).parent / "vqcodec.safetensors"
-
-
-def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
-    grids = tuple(GridConfig(**{**g, "prior": PriorConfig(**g["prior"])}) for g in fields["grids"])
-    tuples = {key: tuple(fields[key]) for key in ("lambdas", "channels")}
-    return ModelConfig(**{**fields, **tuples, "grids": grids})
 
 
 def to_file(model: VQVAE) -> dict[str, Tensor]:
@@ -120,7 +115,7 @@ def load(path: Path = SHIPPED) -> tuple[VQVAE, Weights]:
             fields = json.loads(file.metadata()["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check(fields, tensors)
-        return _built(config_from_dict(fields), tensors), numbers
+        return _built(ModelConfig.from_dict(fields), tensors), numbers
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable weights file ({error})") from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

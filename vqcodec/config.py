@@ -1,0 +1,132 @@
+"""What can be chosen: qualities, efforts, and the layouts of models by name. Knows no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DEFAULT_QUALITY = 5.0
+DEFAULT_EFFORT = 1
+
+# Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.75 in lambda between levels, of 2
+# before the last.
+LAMBDAS = (0.0007, 0.00122, 0.00214, 0.00375, 0.00657, 0.01149, 0.02011, 0.04)
+BEST_QUALITY = len(LAMBDAS)
+EFFORTS = (0, 1, 3, 8)  # efforts 0..3: gradient steps of the latents towards what the very image needs
+
+STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
+
+Learning = Literal["ema", "loss"]  # of the code vectors
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """channels: width of the residual stream; blocks: gated residual blocks; flags, hidden: units of a group's flag and
+    of its head; heads: attention heads, 0 for none; head_channels: channels of a query, key or value."""
+
+    channels: int
+    blocks: int
+    flags: int
+    hidden: int
+    heads: int = 0
+    head_channels: int = 16
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """One grid: a cell of stride x stride pixels holds ``groups`` indices into codebooks of ``codes`` vectors of
+    ``dim`` channels, beside null and, with ``escape``, the points of a lattice."""
+
+    stride: int
+    groups: int
+    dim: int
+    codes: int
+    prior: PriorConfig
+    escape: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model.
+
+    lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
+    rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
+    blocks: residual blocks per stage of either. grids: coarsest first. linear_path: a linear transform of pixel blocks
+    runs beside the networks.
+    """
+
+    name: str
+    lambdas: tuple[float, ...]
+    channels: tuple[int, ...]
+    blocks: int
+    grids: tuple[GridConfig, ...]
+    linear_path: bool = False
+    codebook: Learning = "ema"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
+        """The inverse of ``dataclasses.asdict``, also after JSON. KeyError or TypeError for other fields."""
+        grids = tuple(GridConfig(**{**grid, "prior": PriorConfig(**grid["prior"])}) for grid in fields["grids"])
+        tuples = {key: tuple(fields[key]) for key in ("lambdas", "channels")}
+        return cls(**{**fields, **tuples, "grids": grids})
+
+    @property
+    def levels(self) -> int:
+        return len(self.lambdas)
+
+    @property
+    def stride(self) -> int:
+        """Image sides are padded to a multiple of this."""
+        return self.grids[0].stride
+
+    @property
+    def rate_constrained(self) -> bool:
+        return self.lambdas[0] > 0
+
+    def halo(self, k: int | None = None) -> int:
+        """Pixels, a multiple of the stride: no output of the encoder depends on inputs further away than this; for a
+        grid k, none of ``decode_grid``."""
+        coarsest = self.stride if k is None else self.grids[k].stride
+        finest = STEM if k is None or k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride
+        reach, stride = 0, finest
+        while stride <= coarsest:
+            reach += stride * (2 * self.blocks + 1)  # of the blocks, and one convolution before or after
+            stride *= 2
+        return -(-reach // self.stride) * self.stride
+
+
+PRODUCT = ModelConfig(
+    name="vqcodec",
+    lambdas=LAMBDAS,
+    channels=(96, 160, 160),
+    blocks=2,
+    grids=(
+        GridConfig(16, 8, 2, codes=255, prior=PriorConfig(128, blocks=4, flags=16, hidden=64, heads=4), escape=True),
+        GridConfig(8, 48, 2, codes=127, prior=PriorConfig(128, blocks=3, flags=16, hidden=48), escape=True),
+    ),
+    linear_path=True,
+)
+
+
+def _paper(name: str, strides: tuple[int, ...]) -> ModelConfig:
+    """VQ-VAE-2 as published: one index per cell, K = 512, 64 dimensions, nearest code, no rate in the loss."""
+    return ModelConfig(
+        name=name,
+        lambdas=(0.0,),
+        channels=(128,) * len(strides),
+        blocks=2,
+        grids=tuple(
+            GridConfig(
+                stride,
+                groups=1,
+                dim=64,
+                codes=512,
+                prior=PriorConfig(128, 4, flags=16, hidden=128, heads=0 if k else 4),
+            )
+            for k, stride in enumerate(strides)
+        ),
+    )
+
+
+CONFIGS = {
+    config.name: config
+    for config in (PRODUCT, _paper("vqvae2-paper", (8, 4)), _paper("vqvae2-paper-large", (16, 8, 4)))
+}
