@@ -330,6 +330,8 @@ def _facts_of(size: int, made: "Made") -> dict[str, Any]:
     }
     if made.quality is not None:
         facts |= {"quality": round(made.quality, 3), "target_met": not made.miss}
+    if made.lossless is not None:
+        facts["bytes_lossless"] = made.lossless
     return facts
 
 
@@ -340,6 +342,8 @@ def _summary(target: str, facts: dict[str, Any], shrinks: bool) -> None:
         line += "  quality {quality:.2f}".format(**facts)
     if shrinks and facts["bytes_after"] > facts["bytes_before"]:
         line += "  larger than the original's {bytes_before:,} bytes".format(**facts)
+    elif "bytes_lossless" in facts:
+        line += "  larger than a lossless WebP file's {bytes_lossless:,} bytes".format(**facts)
     _echo(f"{_printable(target)}  {line}", err=target == "-")
 
 
@@ -388,8 +392,8 @@ zip://trip::s3://bucket/photos.zip, a folder in an archive.
 
 A file that fails is named at once, and again in the table at the end; the others are done. --json prints an object
 per file instead, with file, output, status (done or failed), error or width, height, bytes_before, bytes_after, bpp,
-seconds, and quality and target_met where a target was given; last, if there is more than one file or a folder,
-{"summary": {...}}."""
+seconds, quality and target_met where a target was given, and bytes_lossless where a lossless WebP file of a page,
+screen or drawing is smaller; last, if there is more than one file or a folder, {"summary": {...}}."""
 
 _EXIT_CODES = """\b
 Exit codes:

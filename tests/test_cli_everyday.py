@@ -406,6 +406,20 @@ def test_a_file_that_is_larger_than_its_original_is_called_so(here: Path, photos
     assert "larger" not in succeeded(encode("photos/a.png", "-q", 2)).stdout
 
 
+def test_a_file_that_is_larger_than_a_lossless_one_is_called_so(here: Path) -> None:
+    """A drawing, from a format that does not compress."""
+    x, y = np.meshgrid(range(96), range(64))
+    pixels = np.where((x % 24 == 3) | (y % 16 == 5), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save("drawing.bmp")
+    webp = io.BytesIO()
+    Image.fromarray(pixels).save(webp, "WEBP", lossless=True, method=0)
+    size = len(webp.getvalue())
+    line = succeeded(encode("drawing.bmp", "-q", 3)).stdout
+    assert size < os.path.getsize("drawing.vq2") < os.path.getsize("drawing.bmp")
+    assert line.endswith(f"  larger than a lossless WebP file's {size:,} bytes\n")
+    assert json.loads(succeeded(encode("drawing.bmp", "-q", 3, "-f", "--json")).stdout)["bytes_lossless"] == size
+
+
 # --- targets ---
 
 

@@ -25,20 +25,22 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
+from bitstream.container import MAX_SIDE, unpack
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec
-from vqcodec.image import Strip, read, stripped
+from vqcodec.image import Picture, Strip, info_of, read, stripped, to_pil
 from vqcodec.jobs import Job, begin
 from vqcodec.output import Options, save
 from vqcodec.progress import Progress
 from vqcodec.targets import Target
 
 Item = TypeVar("Item")
+MOST_WEBP = 16_383  # pixels a side
 
 
 class Made(NamedTuple):
     """A finished file. notes: what the source has that it has not; losses: what its format cannot hold; quality: where
-    a target was searched; miss: how the target was missed."""
+    a target was searched; miss: how the target was missed; lossless: bytes of a lossless WebP file if it is smaller."""
 
     data: bytes
     width: int
@@ -48,6 +50,7 @@ class Made(NamedTuple):
     losses: Sequence[str] = ()
     quality: float | None = None
     miss: str = ""
+    lossless: int | None = None
 
 
 class Work(Protocol):
@@ -80,7 +83,21 @@ class Encode:
             if not reached.met:
                 wanted, found = map(self.target.describe, (self.target.value, reached.value))
                 miss = f"{wanted} cannot be reached: the nearest is {found}, at quality {quality:.2f}"
-        return Made(encoded, width, height, time.monotonic() - started, picture.notes, (), quality, miss)
+        lossless = _smaller_lossless(picture, encoded)
+        return Made(encoded, width, height, time.monotonic() - started, picture.notes, (), quality, miss, lossless)
+
+
+def _smaller_lossless(picture: Picture, encoded: bytes) -> int | None:
+    """Bytes of a lossless WebP file of a picture with its metadata, if that is smaller than its .vq2 file.
+
+    It is tried where the .vq2 file has flat blocks, as of pages, screens and drawings: of a photograph it never is.
+    """
+    if unpack(encoded, max_pixels=MAX_SIDE**2).flat is None or max(picture.pixels.shape) > MOST_WEBP:
+        return None
+    lossless = BytesIO()
+    to_pil(picture).save(lossless, "WEBP", lossless=True, method=0, **info_of(picture))
+    size = len(lossless.getbuffer())
+    return size if size < len(encoded) else None
 
 
 @dataclass(frozen=True)
