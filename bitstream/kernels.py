@@ -5,10 +5,18 @@ byte a + 128: so it is what ``add_product`` takes, biases are made to fit, and 1
 ``i`` a row of the grid, and cell (i, t - 2 i) belongs to the wave. Rings keep the last ``WAVES`` waves, a row i at i
 modulo their size.
 
-What bounds the indices, as numba checks none: rows and columns are compared with the grid before they are used;
-everything in a ring is taken modulo its size; outcomes come from ``symbol``, which gives 0 .. N - 1 whatever the
-payload; distances of logits are at most 2 LOGIT_MAX because logits are clipped last; numbers of words and of intervals
-are compared with what there is; ``add_product`` checks itself. ``prior.Prior`` lays out the arrays.
+What bounds the indices, as numba checks none (but with NUMBA_BOUNDSCHECK=1, as in ``.ci/run``):
+
+- Cells: ``run`` takes rows top .. bottom of a wave, all of whose cells are in the grid; neighbours are compared with
+  the grid before they are read; everything in a ring is taken modulo its size. Rows of a ``Room`` are less than CHUNK.
+- Channels: ``prior.Prior`` lays out layers and codes, ``walk`` makes ``Walk``, ``Room`` and the condition from the same
+  ``Model``, so that each layer's outputs and each loop over channels fit what they are written to. ``weights.Weights``
+  has compared every tensor with the configuration before. ``add_product`` checks itself.
+- Tables: logits and scores are clipped last, so that distances in POWERS are 0 .. 2 LOGIT_MAX, and flags, with
+  LOGIT_MAX added, are in their tables.
+- Symbols: ``symbol`` gives outcomes 0 .. N - 1 whatever the payload, ``_choose`` indices 0 .. K + 1, the last with
+  escape alone; entries of escapes have 7 bits, or are clipped. A row of codes has K + 1.
+- Words and intervals: their numbers are compared with what there is.
 """
 
 import contextlib
@@ -307,7 +315,10 @@ def _read(stream, n, out):  # type: ignore[no-untyped-def]
 
 @function
 def _gather(ring, t, i, step, n, width, out, column):  # type: ignore[no-untyped-def]
-    """Neighbours side by side, of rows i, i + step, ...: ring (WAVES, rows, C) -> out[:n, column : column + 4 C]."""
+    """Neighbours side by side, of rows i, i + step, ...: ring (WAVES, rows, C) -> out[:n, column : column + 4 C].
+
+    Rows of the ring: as many as a wave can have, or more, so that each has a place of its own.
+    """
     rows, channels = ring.shape[1], ring.shape[2]
     for r in range(n):
         target, at = out[r], column
@@ -394,7 +405,11 @@ def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-d
                     # Products are in units of 2^-10; half of them, as logits, in units of 2^-5.
                     s = ((dot + 32) >> 6) + model.position[head, up, age - 1]
                     s = min(max(s, -LOGIT_MAX), LOGIT_MAX)
-                    score[count], place[count, 0], place[count, 1] = s, ring, slot
+                    score[count], place[count, 0], place[count, 1] = (
+                        s,
+                        ring,
+                        slot,
+                    )  # count: less than the window's cells
                     top = max(top, s)
                     count += 1
             total = np.int64(POWERS[top])
@@ -458,7 +473,10 @@ def table(logits, n, frequencies):  # type: ignore[no-untyped-def]
 
 @function
 def refill(x, words, place):  # type: ignore[no-untyped-def]
-    """Section 7: words of the lane, from its end, until the state is large enough or there are no more."""
+    """Section 7: words of the lane, from its end, until the state is large enough or there are no more.
+
+    place: the word behind the next, the first word; both from ``rans.split``, which has compared them with the words.
+    """
     while x < _LOW_WORD and place[0] > place[1]:
         place[0] -= 1
         x = (x << _U32) | np.uint64(words[place[0]])
@@ -540,7 +558,8 @@ def _distances(z, vectors, out):  # type: ignore[no-untyped-def]
 
 @_inlined
 def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-def]
-    """All groups of cell (i, j), whose features are in row r."""
+    """All groups of cell (i, j), whose features are in row r. ``index`` is in its row of codes wherever it is used for
+    one: an escape's number comes last, and goes to the grid alone."""
     lane = i % len(coder.place)
     place, intervals, x = coder.place[lane], coder.intervals[lane], coder.state[lane, 0]
     known, units = room.known[r : r + 1], room.units[r : r + 1]
@@ -685,7 +704,8 @@ def _around(cells, y, x, n, out):  # type: ignore[no-untyped-def]
 def condition(net, grid, activations, down, right, out):  # type: ignore[no-untyped-def]
     """The condition of a block of BLOCK x BLOCK cells from the next coarser grid (M, h, w) uint16 -> into out.
 
-    out: (2 h, columns, C) int16 stream units; cell (i, j) at column j modulo their number.
+    out: (2 h, columns, C) int16 stream units; cell (i, j) at column j modulo their number. grid: of a walk, or checked:
+    no more than the group's codes, or a number of an escape, of which any will do.
     """
     groups, h, w = grid.shape
     codes, dim = activations.shape[1] - 1, activations.shape[2]

@@ -79,6 +79,7 @@ def coder() -> IndexCoder:
 # --- against the specification ---
 
 
+@pytest.mark.bounds
 @settings(max_examples=8)
 @given(st.tuples(st.integers(1, 60), st.integers(1, 60)), activities, st.integers(0, 1000))
 def test_the_reference_decoder_reads_what_the_walk_writes(size: tuple[int, int], active: float, seed: int) -> None:
@@ -117,6 +118,7 @@ def test_lanes_and_blocks_of_large_grids_come_back(coder: IndexCoder, size: tupl
     assert same(decode(coder, size, payloads), grids)
 
 
+@pytest.mark.bounds
 @pytest.mark.parametrize("size", [(1100, 40), (40, 1700), (700, 900)])
 def test_the_largest_wave_has_room_for_its_intervals(
     coder: IndexCoder, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -220,6 +222,7 @@ def test_samples_are_reproducible_and_follow_the_temperature(coder: IndexCoder) 
     assert active(0.3) < active(1.0) < active(3.0)
 
 
+@pytest.mark.bounds
 @pytest.mark.parametrize("temperature", [1e-320, 1e-6, 1e6, 1e300])
 def test_extreme_temperatures_are_safe(coder: IndexCoder, temperature: float) -> None:
     draws = [coder.sample(LEVEL, (60, 60), np.random.default_rng(0), temperature) for _ in range(2)]
@@ -244,6 +247,7 @@ def test_a_sample_is_coded_at_the_cost_that_the_prior_expects(coder: IndexCoder)
 # --- damage ---
 
 
+@pytest.mark.bounds
 def test_any_damage_to_a_payload_decodes_or_is_refused(coder: IndexCoder) -> None:
     size = (1100, 30)
     grids, payloads = encode(coder, size)
@@ -283,6 +287,7 @@ def test_an_empty_payload_is_all_null(coder: IndexCoder) -> None:
 # --- whatever runs it ---
 
 
+@pytest.mark.bounds
 @pytest.mark.parametrize("threads", [1, 2, 4, 8])
 def test_the_number_of_threads_changes_nothing(
     coder: IndexCoder, threads: int, monkeypatch: pytest.MonkeyPatch
