@@ -20,6 +20,7 @@ What bounds the indices, as numba checks none (but with NUMBA_BOUNDSCHECK=1, as 
 """
 
 import contextlib
+import functools
 import hashlib
 import zlib
 from pathlib import Path
@@ -100,6 +101,10 @@ class _Cache(FunctionCache):
 
     _impl_class = _CheckedImpl
 
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self._sources = _sources(function.__code__.co_filename)
+
     def load_overload(self, signature: Any, context: Any) -> Any:
         try:
             return super().load_overload(signature, context)
@@ -122,16 +127,14 @@ class _Cache(FunctionCache):
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
         # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
-        return (*super()._index_key(signature, codegen), _SOURCES, getattr(config, "BOUNDSCHECK", None))
+        return (*super()._index_key(signature, codegen), self._sources, getattr(config, "BOUNDSCHECK", None))
 
 
-def _sources() -> str:
-    folder = Path(__file__).parent
-    names = ("exact.py", "products.py", "kernels.py")
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
-
-
-_SOURCES = _sources()  # of what is imported, whatever happens to the files
+@functools.cache  # of what is imported, whatever happens to the files
+def _sources(file: str) -> str:
+    """Of a file with kernels and of the files below."""
+    below = (Path(__file__).with_name(name) for name in ("exact.py", "products.py", "kernels.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(file), *below))).hexdigest()
 
 
 # Places of layers in a ``Network``. Not plain numbers: numba would compile a function for each of them.
@@ -143,9 +146,9 @@ _NONE, _ONE = np.int64(0), np.int64(1)
 _inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 
-def _kernel(function: Any) -> Any:
-    """Compiled when first called, and kept on disk where there is a place for it."""
-    compiled = njit(function, nogil=True, error_model="numpy")
+def kernel(function: Any, **options: Any) -> Any:
+    """Compiled when first called, and kept on disk where there is a place for it. options: more of numba's."""
+    compiled = njit(function, nogil=True, error_model="numpy", **options)
     if not INTERPRETED:
         # Without a folder that may be written to, or with a numba that keeps things in another way: compile each time.
         with contextlib.suppress(Exception):
@@ -700,7 +703,7 @@ def _around(cells, y, x, n, out):  # type: ignore[no-untyped-def]
             at += channels
 
 
-@_kernel
+@kernel
 def condition(net, grid, activations, down, right, out):  # type: ignore[no-untyped-def]
     """The condition of a block of BLOCK x BLOCK cells from the next coarser grid (M, h, w) uint16 -> into out.
 
@@ -766,7 +769,7 @@ def condition(net, grid, activations, down, right, out):  # type: ignore[no-unty
 # --- the walk ---
 
 
-@_kernel
+@kernel
 def run(net, model, walk, room, coder, part, t, last):  # type: ignore[no-untyped-def]
     """Waves t to last - 1 of the rows i with i mod parts = part, as far as one gets without waiting long.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitstream.exact import ESCAPE_SIDE, ESCAPE_STEP
 from vqcodec.config import PriorConfig
 from vqcodec.models import pixelsnail
-from vqcodec.models.pixelsnail import PixelSNAIL, grouped, per_row, rows_of, take
+from vqcodec.models.pixelsnail import PixelSNAIL, grouped, per_row, rows_of
 from vqcodec.models.quantizer import Choice, Codebook, code_length, flag_bits, put
 
 GROUPS, CODES, CELLS = 3, 8, 60
@@ -28,7 +28,7 @@ def make_book(learning: str = "ema", escape: bool = True, seed: int = 0) -> Code
 def nearest(book: Codebook, z: Tensor) -> Choice:
     """Without rate; the outcome that is not null is never wrong about itself."""
     bits = torch.zeros(z.shape[:2])
-    return book.choose(z, bits, bits, lambda rows: torch.zeros(len(rows.place), book.outcomes), 0.0)
+    return book.choose(z, bits, bits, lambda rows: (torch.zeros(1, book.outcomes), torch.zeros_like(rows.place)), 0.0)
 
 
 def everything(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def test_the_choice_has_the_least_cost_of_all(seed: int, escape: bool, weight: f
     null, active = flag_bits(2 * torch.randn(GROUPS, CELLS))
     table = torch.randn(GROUPS, CELLS, book.outcomes).log_softmax(-1) / math.log(2)
     logits = table + torch.randn(GROUPS, CELLS, 1)  # a constant changes nothing
-    choice = book.choose(z, null, active, lambda rows: take(logits.flatten(0, 1), rows.place).clone(), weight)
+    choice = book.choose(z, null, active, lambda rows: (logits.flatten(0, 1), rows.place), weight)
     _, distance = everything(book, z)
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
     if escape:
@@ -58,6 +58,20 @@ def test_the_choice_has_the_least_cost_of_all(seed: int, escape: bool, weight: f
     found = cost.gather(-1, book.outcome(choice.indices)[..., None])[..., 0]
     torch.testing.assert_close(found, cost.amin(-1), rtol=1e-4, atol=1e-3)
     assert torch.equal(choice.vectors, book.lookup(choice.indices))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("escape", [False, True])
+def test_the_compiled_choice_is_that_of_torch(escape: bool, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = make_book(escape=escape)
+    z = (torch.randn(CELLS, GROUPS, 2) * 4).transpose(0, 1)  # as it lies in a channels-last tensor
+    null, active = flag_bits(torch.randn(CELLS, GROUPS).t())
+    logits = torch.randn(GROUPS * CELLS, book.outcomes)
+    compiled = book.choose(z, null, active, lambda rows: (logits, rows.place), weight, True)
+    monkeypatch.setattr(book, "_choose_compiled", book._choose)
+    plain = book.choose(z, null, active, lambda rows: (logits, rows.place), weight, True)
+    assert torch.equal(compiled.indices, plain.indices) and torch.equal(compiled.vectors, plain.vectors)
+    torch.testing.assert_close(compiled.rate_gradient, plain.rate_gradient, rtol=1e-3, atol=1e-3)
 
 
 def test_a_latent_that_no_code_is_near_goes_to_the_lattice_and_back() -> None:
@@ -74,7 +88,7 @@ def test_the_rate_gradient_is_that_of_the_expected_rate() -> None:
     z = torch.randn(GROUPS, CELLS, 2) * 4
     null, active = flag_bits(torch.randn(GROUPS, CELLS))
     table = torch.randn(GROUPS, CELLS, book.outcomes).log_softmax(-1) / math.log(2)
-    choice = book.choose(z, null, active, lambda rows: take(table.flatten(0, 1), rows.place).clone(), weight, True)
+    choice = book.choose(z, null, active, lambda rows: (table.flatten(0, 1), rows.place), weight, True)
     vectors, _ = everything(book, z)
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
     bits[..., -1] += 2 * math.log2(ESCAPE_SIDE)

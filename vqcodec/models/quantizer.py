@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitstream.exact import CODE_SCALE_BITS, ESCAPE_BITS, ESCAPE_SIDE, ESCAPE_STEP, INDICES
 from vqcodec.config import Learning
-from vqcodec.models import dyadic
+from vqcodec.models import compiled, dyadic
 from vqcodec.models.pixelsnail import Rows, grouped, per_row, rows_of, take
 
 DECAY = 0.99  # of the EMA codebook
@@ -27,7 +27,8 @@ REBIRTHS = 8  # updates from one look for dead codes to the next
 TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
 LN2 = math.log(2)
 
-Logits = Callable[[Rows], Tensor]
+# log2 probabilities of the outcomes, (m, N), up to a constant per row, and which of them some rows have, (n,).
+Logits = Callable[[Rows], tuple[Tensor, Tensor]]
 
 
 class Choice(NamedTuple):
@@ -120,10 +121,10 @@ class Codebook(nn.Module):
         active = -usage[..., 1:].exp2().sum(-1).log2().t()[:, level]
         table = usage[..., 1:].transpose(0, 1).flatten(0, 1)
 
-        def logits(rows: Rows) -> Tensor:
+        def logits(rows: Rows) -> tuple[Tensor, Tensor]:
             cells = z.shape[1]
             group = (rows.place // cells).clamp(max=self.groups - 1)
-            return table.index_select(0, group * len(usage) + level[rows.place % cells])
+            return table, group * len(usage) + level[rows.place % cells]
 
         return self.choose(z, null, active, logits, weight).indices
 
@@ -133,15 +134,48 @@ class Codebook(nn.Module):
     ) -> Choice:
         """The indices of least |z - e|^2 + weight * bits.
 
-        z: (M, cells, d); null, active: (M, cells), the bits of a null flag and of its opposite; logits: gives log2
-        probabilities of the outcomes, (n, N), up to a constant per row, of the rows where null is not sure to win.
+        z: (M, cells, d); null, active: (M, cells), the bits of a null flag and of its opposite; logits: asked for the
+        rows where null is not sure to win.
         gradient: with the rate's gradient, that of the expected bits of indices drawn from q = softmax(-cost):
         d/dz sum_k q_k r_k = 2 sum_k q_k (r_k - mean r) e_k. It is 0 where null is sure to win.
         """
-        flat, cells = z.flatten(0, 1), z.shape[1]
         rows = rows_of(z.pow(2).sum(-1) + weight * null > weight * active)
-        x, e = take(flat, rows.place), self.vectors.detach()
-        log_p = torch.log_softmax(logits(rows).float().mul_(LN2), 1)
+        way = self._choose_compiled if z.device.type == "cpu" else self._choose
+        return way(z, null, active, rows, *logits(rows), weight, gradient)
+
+    def _choose_compiled(
+        self,
+        z: Tensor,
+        null: Tensor,
+        active: Tensor,
+        rows: Rows,
+        table: Tensor,
+        at: Tensor,
+        weight: float,
+        gradient: bool,
+    ) -> Choice:
+        choice = Choice(torch.zeros(z.shape[:2], dtype=torch.long), torch.zeros(z.shape), torch.zeros(z.shape))
+        given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
+        vectors = self.vectors.detach().mT.contiguous().numpy()
+        compiled.choose(
+            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight, self.escape, gradient,
+            *(x.flatten(0, 1).numpy() for x in choice),
+        )  # fmt: skip
+        return choice
+
+    def _choose(
+        self,
+        z: Tensor,
+        null: Tensor,
+        active: Tensor,
+        rows: Rows,
+        table: Tensor,
+        at: Tensor,
+        weight: float,
+        gradient: bool,
+    ) -> Choice:
+        x, e, cells = take(z.flatten(0, 1), rows.place), self.vectors.detach(), z.shape[1]
+        log_p = torch.log_softmax(table.index_select(0, at).float().mul_(LN2), 1)
         null, active = take(null.flatten(), rows.place), take(active.flatten(), rows.place)
         # Minus the costs, because a softmax follows, up to a constant of each row: |z|^2 and the bits of the flag.
         merit_null = weight * (active - null)
@@ -153,7 +187,7 @@ class Codebook(nn.Module):
             merit = torch.cat([merit, -far[:, None]], 1)
             log_p[:, -1] -= self.dim * ESCAPE_BITS * LN2
         merit.add_(log_p, alpha=weight / LN2)
-        best = argmax(merit)
+        best = merit.argmax(1)
         most = merit.gather(1, best[:, None])[:, 0]
         index = torch.where(most > merit_null, best + 1, 0)
         if self.escape:
@@ -240,18 +274,10 @@ class Codebook(nn.Module):
 
 
 def nearness(x: Tensor, vectors: Tensor, rows: Rows, cells: int) -> Tensor:
-    """|x|^2 - |x - e|^2 of rows x (n, d) and their groups' codes, vectors (M, K, d): (n, K), float32."""
-    if x.device.type == "cpu":
-        e = torch.cat([2 * vectors, -vectors.pow(2).sum(-1, keepdim=True)], -1)
-        return grouped(F.pad(x, (0, 1), value=1.0), e, rows)
-    # Products on a GPU are too coarse for this, and of so few channels not faster.
+    """|x|^2 - |x - e|^2 of rows x (n, d) and their groups' codes, vectors (M, K, d): (n, K), float32. Not as a product,
+    which is too coarse on a GPU."""
     e = per_row(vectors, rows, cells)
     return (x[:, None] * e).mul_(2).sum(-1) - e.pow(2).sum(-1)
-
-
-def argmax(x: Tensor) -> Tensor:
-    """Over the last axis; NumPy's is several times faster than torch's on a CPU."""
-    return torch.from_numpy(x.numpy().argmax(-1)) if x.device.type == "cpu" else x.argmax(-1)
 
 
 def put(values: Tensor, rows: Rows, groups: int, cells: int) -> Tensor:
@@ -267,19 +293,30 @@ def flag_bits(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _CodeLength(torch.autograd.Function):
-    """-log2 of 2**logits[index] / sum(2**logits) per row; the gradient takes no more than three passes over K."""
+    """-log2 of 2**logits[index] / sum(2**logits) per row."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        log_p = torch.log_softmax(logits * LN2, -1)
-        ctx.save_for_backward(log_p, index)
-        return log_p.gather(-1, index[..., None]).squeeze(-1).float() / -LN2
+        logits = logits.float().contiguous()
+        if logits.device.type == "cpu":
+            bits, slope = torch.empty(index.shape), torch.empty_like(logits)
+            compiled.code_length(
+                logits.flatten(0, -2).numpy(),
+                index.flatten().numpy(),
+                bits.view(-1).numpy(),
+                slope.flatten(0, -2).numpy(),
+            )
+        else:
+            log_p = torch.log_softmax(logits * LN2, -1)
+            bits = log_p.gather(-1, index[..., None]).squeeze(-1) / -LN2
+            slope = log_p.exp_().scatter_add_(-1, index[..., None], -torch.ones_like(bits)[..., None])
+        ctx.save_for_backward(slope)
+        return bits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        log_p, index = ctx.saved_tensors
-        g = gradient[..., None].to(log_p.dtype)
-        return log_p.exp().mul_(g).scatter_add_(-1, index[..., None], -g), None
+        (slope,) = ctx.saved_tensors
+        return slope * gradient[..., None], None
 
 
 def code_length(logits: Tensor, index: Tensor) -> Tensor:

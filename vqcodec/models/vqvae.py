@@ -18,7 +18,7 @@ from bitstream.exact import ESCAPE_BITS
 from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
 from vqcodec.models.dyadic import table_bits
-from vqcodec.models.pixelsnail import PixelSNAIL, rows_of, take
+from vqcodec.models.pixelsnail import PixelSNAIL, Rows, rows_of, take
 from vqcodec.models.quantizer import COMMITMENT, Codebook, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
@@ -290,9 +290,11 @@ class VQVAE(nn.Module):
             guess = book.guess(values, cell_level, rate_weight)
             flags, known = prior(book.activations(book.lookup(guess), b, h, w), level, condition)
             null, active = flag_bits(flags)
-            choice = book.choose(
-                values, null, active, lambda rows: prior.logits(known, level, rows), rate_weight, book.training
-            )
+
+            def prior_logits(rows: Rows) -> tuple[Tensor, Tensor]:
+                return prior.logits(known, level, rows), torch.arange(len(rows.place), device=z.device)
+
+            choice = book.choose(values, null, active, prior_logits, rate_weight, book.training)
         # The second term is zero but for its gradient.
         loss = COMMITMENT * (v - choice.vectors).pow(2) + rate_weight * (v - values) * choice.rate_gradient
         if book.learning == "loss":
