@@ -55,6 +55,19 @@ def test_what_is_out_of_range_gives_the_end_of_the_range_after_few_tries(wanted:
     assert len(tried) == 2
 
 
+def test_of_exact_pictures_the_smallest_file_is_taken() -> None:
+    """As of flat colours, which are exact at every quality."""
+    tried: list[float] = []
+
+    def attempt(quality: float, level: int) -> tuple[bytes, float]:
+        tried.append(quality)
+        return bytes(int(100 * quality)), math.inf
+
+    reached = reach(Target("psnr", 40), attempt, LEVELS)
+    assert (reached.met, reached.quality, len(reached.data)) == (True, 1.0, 100)
+    assert len(tried) == 2
+
+
 def test_sizes_that_move_in_steps_end_with_the_nearest() -> None:
     reached, tried = search(Target("size", 150), lambda quality, level: 100 if quality < 3 else 190)
     assert (reached.met, reached.value) == (False, 190)  # nearer than 100 on a logarithmic scale

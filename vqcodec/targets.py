@@ -34,7 +34,7 @@ class Target:
 
     def met_by(self, value: float) -> bool:
         if self.kind == "psnr":
-            return abs(value - self.value) <= TOLERANCE_DB
+            return abs(value - self.value) <= TOLERANCE_DB or value == math.inf  # nothing is better than exact
         return abs(value / self.value - 1) <= TOLERANCE
 
     def describe(self, value: float) -> str:
@@ -61,15 +61,16 @@ def reach(target: Target, attempt: Callable[[float, int], tuple[bytes, float]], 
     low: tuple[float, float] | None = None  # quality and value on the scale, too low
     high: tuple[float, float] | None = None
     best: Reached | None = None
+    least = (math.inf, 0)  # how far the best one is from the target, and its bytes
     quality, level, near = (1 + levels) / 2, 0, False
     for _ in range(MOST_TRIES):
         if not near:
             level = int(quality + 0.5)
         data, value = attempt(quality, level)
         found = target.on_scale(value)
-        if best is None or abs(found - wanted) < abs(target.on_scale(best.value) - wanted):
-            best = Reached(data, quality, value, target.met_by(value))
-        if best.met:
+        if best is None or (abs(found - wanted), len(data)) < least:
+            best, least = Reached(data, quality, value, target.met_by(value)), (abs(found - wanted), len(data))
+        if best.met and value < math.inf:
             break
         narrow = low is not None and high is not None and high[0] - low[0] < NEAR
         if not near and (narrow or abs(wanted - found) < NEAR * slope):
