@@ -1,0 +1,67 @@
+"""Pictures that are no photographs, with the shipped weights."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFont
+
+from vqcodec.codec import Codec, PictureEncoder
+from vqcodec.image import Bytes, from_array
+from vqcodec.metrics import psnr
+
+# dB. Every level has networks of its own: where all cells of a small picture hold the same pattern, or nothing but a
+# mean colour, one level can be luckier than the next.
+LUCK = 0.5
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.load(device="cpu")
+
+
+Draw = Callable[[np.random.Generator, int], Bytes]  # a picture of size x size pixels
+
+
+def colour(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(rng.integers(0, 256, 3).tolist())
+
+
+def text(rng: np.random.Generator, size: int) -> Bytes:
+    image, height = Image.new("RGB", (size, size), colour(rng)), int(rng.integers(8, 24))
+    ink, font = colour(rng), ImageFont.load_default(height)
+    for y in range(1, size, height + 3):
+        ImageDraw.Draw(image).text((2, y), "".join(map(chr, rng.integers(33, 127, 40))), ink, font)
+    return np.asarray(image)
+
+
+def checkerboard(rng: np.random.Generator, size: int) -> Bytes:
+    squares = np.indices((size, size)) // rng.integers(1, 17)
+    return np.where(squares.sum(0)[..., None] % 2, colour(rng), colour(rng)).astype(np.uint8)
+
+
+def noise(rng: np.random.Generator, size: int) -> Bytes:
+    return rng.normal(colour(rng), rng.integers(1, 100), (size, size, 3)).clip(0, 255).astype(np.uint8)
+
+
+def patches(rng: np.random.Generator, size: int) -> Bytes:
+    """Flat colours."""
+    side = int(rng.integers(3, 40))
+    colours = rng.integers(0, 256, (-(-size // side), -(-size // side), 3), np.uint8)
+    return np.kron(colours, np.ones((side, side, 1), np.uint8))[:size, :size]
+
+
+@pytest.mark.parametrize("draw", [text, checkerboard, noise, patches])
+@pytest.mark.parametrize("effort", [0, 1])
+@settings(max_examples=2, derandomize=True)
+@given(st.integers(64, 96), st.integers(0, 10**6))
+def test_psnr_rises_with_quality(codec: Codec, draw: Draw, effort: int, size: int, seed: int) -> None:
+    pixels = draw(np.random.default_rng(seed), size)
+    encoder, found = PictureEncoder(codec, from_array(pixels), effort), []
+    for quality in range(1, codec.model.config.levels + 1):
+        encoder.encode(quality)
+        found.append(psnr(pixels, encoder.decoded()))
+        assert found[-1] == np.inf or found[-1] > max(found) - LUCK
+    assert found[-1] == np.inf or found[-1] > found[0]
