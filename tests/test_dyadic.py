@@ -1,14 +1,17 @@
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bitstream.exact import POWERS
+from bitstream.exact import AROUND, POWERS
 from vqcodec.models import dyadic
-from vqcodec.models.dyadic import DyadicLinear, attend, attend_smoothly, frequencies, snap
+from vqcodec.models.dyadic import DyadicLinear, Offsets, attend, attend_smoothly, frequencies, snap
+from vqcodec.models.pixelsnail import HERE, TAPS
 
 
 def random_sums(seed: int, *shape: int) -> torch.Tensor:
@@ -131,3 +134,31 @@ def test_gradients_pass_straight_through_and_stop_at_the_clip() -> None:
     x = torch.tensor([0.1, -0.2, 100.0], requires_grad=True)
     dyadic.activation(x).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+def compared(seed: int, width: int, run: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]) -> None:
+    """What training on a CPU computes from bfloat16 sums is what float32 gives, to the bit; gradients are near."""
+    torch.manual_seed(seed)
+    sums, bias, values = 3 * torch.randn(2, 3, 5, width).bfloat16(), torch.randn(2, width), 3 * torch.randn(2, 3, 5, 4)
+    values = dyadic.stream(values)
+    found = []
+    for precision in (sums, sums.float()):
+        leaves = [x.clone().requires_grad_() for x in (precision, bias, values)]
+        out = run(*leaves)
+        torch.manual_seed(seed)
+        weights = [torch.randn(x.shape).bfloat16().float() for x in out]
+        torch.autograd.backward(sum((x * w).sum() for x, w in zip(out, weights, strict=True)))
+        found.append(([x.float() for x in out], [x.grad.float() for x in leaves if x.grad is not None]))
+    (fused, gradients), (plain, expected) = found
+    assert all(torch.equal(a, b) for a, b in zip(fused, plain, strict=True))
+    torch.testing.assert_close(gradients, expected, rtol=0.02, atol=0.02)
+
+
+@given(st.integers(0, 1000))
+def test_activations_of_fused_sums_are_those_of_separate_steps(seed: int) -> None:
+    compared(seed, 6, lambda sums, bias, values: [dyadic.relu_of(sums, bias) + 0 * values.sum()])
+
+
+@given(st.integers(0, 1000), st.booleans(), st.sampled_from([HERE, TAPS, AROUND]))
+def test_fused_additions_to_the_stream_are_those_of_separate_steps(seed: int, gates: bool, offsets: Offsets) -> None:
+    compared(seed, 8 if gates else 4, lambda sums, bias, values: dyadic.add(values, sums, bias, offsets, gates))

@@ -164,6 +164,22 @@ def test_only_asked_rows_are_computed_and_they_are_those_of_all() -> None:
     assert torch.equal(prior.logits(known, level, some), prior.logits(known, level, everywhere)[some.place])
 
 
+def test_fused_logits_and_their_gradients_are_those_of_separate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    prior = PixelSNAIL(PriorConfig(16, 1, flags=4, hidden=8), GROUPS, 2, CODES, 0, 2)
+    known = (torch.randint(-127, 128, (2, 5, 6, 16 + GROUPS * 2)) / 32).bfloat16()
+    rows = rows_of(torch.rand(GROUPS, CELLS) < 0.3)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(pixelsnail.dyadic, "fused", lambda sums, fused=fused: fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = prior.logits(known, torch.tensor([0, 1]), rows)
+        gradients = torch.autograd.grad(logits.square().sum(), (prior.hidden.weight, prior.hidden.bias))
+        found.append((logits.float(), *gradients))
+    for fused_part, plain in zip(*found, strict=True):
+        assert (fused_part - plain).norm() < 0.02 * plain.norm()
+
+
 def test_ema_moves_codes_to_the_mean_of_their_latents() -> None:
     torch.manual_seed(0)
     book = Codebook(1, codes=2, dim=2, levels=1)

@@ -8,12 +8,24 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
 
-from bitstream.exact import ESCAPE_BITS, ESCAPE_SIDE, ESCAPE_STEP
+from bitstream.exact import (
+    ACTIVATION_BITS,
+    ACTIVATION_MAX,
+    ESCAPE_BITS,
+    ESCAPE_SIDE,
+    ESCAPE_STEP,
+    GATE_MAX,
+    STREAM_BITS,
+    STREAM_MAX,
+)
 from bitstream.kernels import kernel
 from bitstream.products import njit
 
@@ -31,6 +43,12 @@ _STEP = np.float32(ESCAPE_STEP)
 
 def _kernel(function: Any) -> Any:
     return kernel(function, fastmath=_FAST)
+
+
+def rows_of(x: Tensor) -> NDArray[Any]:
+    """A tensor (..., C) as rows (n, C), numbers where they lie if it is contiguous; bfloat16 as uint16."""
+    x = x.detach().contiguous().flatten(0, -2)
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 @_function
@@ -162,3 +180,160 @@ def code_length(logits, index, bits, slope):  # type: ignore[no-untyped-def]
         for k in range(len(row)):
             target[k] = _exp2(row[k] - total)
         target[index[r]] -= 1
+
+
+# --- layers of the priors in training: sums, gradients and activations are bfloat16, held as uint16 ---
+
+_ACTIVATION, _STREAM = np.float32(2**ACTIVATION_BITS), np.float32(2**STREAM_BITS)
+_ACTIVATION_LAST, _STREAM_LAST = np.float32(ACTIVATION_MAX), np.float32(STREAM_MAX)
+_GATE = _GATE_LAST = np.float32(GATE_MAX)  # a gate of 1 is open
+_QUARTER, _HALF_STEP, _ZERO = np.float32(0.25), np.float32(0.5), np.float32(0)
+
+
+@_function
+def _wide(x):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+
+
+@_function
+def _narrow(x):  # type: ignore[no-untyped-def]
+    """float32 to bfloat16, to the nearest, halves to even."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@_function
+def _snap(x, low, high):  # type: ignore[no-untyped-def]
+    """A number in steps, rounded and clipped."""
+    return min(max(np.floor(x + _HALF_STEP), low), high)
+
+
+@_function
+def _inside(x, low, high):  # type: ignore[no-untyped-def]
+    """1 where gradients pass, 0 at the limits."""
+    return np.float32((x > low) & (x < high))
+
+
+@_kernel
+def relu(sums, bias, out):  # type: ignore[no-untyped-def]
+    """out (n, C) = the sums (n, C) with the biases (B, C) of their samples, as activations from 0 up."""
+    n, width = sums.shape
+    for r in range(n):
+        at = r * len(bias) // n
+        for c in range(width):
+            steps = _snap((_wide(sums[r, c]) + bias[at, c]) * _ACTIVATION, _ZERO, _ACTIVATION_LAST)
+            out[r, c] = _narrow(steps / _ACTIVATION)
+
+
+@_kernel
+def relu_backward(out, gradient, to_sums, to_bias):  # type: ignore[no-untyped-def]
+    n, width = out.shape
+    for r in range(n):
+        at = r * len(to_bias) // n
+        for c in range(width):
+            g = _wide(gradient[r, c]) * _inside(_wide(out[r, c]) * _ACTIVATION, _ZERO, _ACTIVATION_LAST)
+            to_sums[r, c] = _narrow(g)
+            to_bias[at, c] += g
+
+
+@_kernel
+def add(stream, sums, bias, gated, height, offsets, out, taps):  # type: ignore[no-untyped-def]
+    """out (n, C) float32 = stream + what the sums say, n = B * height * width cells; taps (n, T * C): activations of
+    out in the cells at T offsets, zeros outside of the grid. gated: the sums, (n, 2 C), are values and gates; otherwise
+    stream values, (n, C)."""
+    n, channels = stream.shape
+    cells = n // len(bias)
+    width = cells // height
+    for b in range(len(bias)):
+        for r in range(b * cells, (b + 1) * cells):
+            for c in range(channels):
+                x = _wide(sums[r, c]) + bias[b, c]
+                if gated:
+                    value = _snap(x * _ACTIVATION, -_ACTIVATION_LAST, _ACTIVATION_LAST) / _ACTIVATION
+                    x = _wide(sums[r, channels + c]) + bias[b, channels + c]
+                    x = value * _snap((x * _QUARTER + _HALF_STEP) * _GATE, _ZERO, _GATE_LAST) / _GATE
+                else:
+                    x = _snap(x * _STREAM, -_STREAM_LAST, _STREAM_LAST) / _STREAM
+                out[r, c] = _snap((stream[r, c] + x) * _STREAM, -_STREAM_LAST, _STREAM_LAST) / _STREAM
+        for i in range(height):
+            for j in range(width):
+                r = (b * height + i) * width + j
+                for t in range(len(offsets)):
+                    y, x = i + offsets[t, 0], j + offsets[t, 1]
+                    target = taps[r, t * channels : (t + 1) * channels]
+                    if 0 <= y < height and 0 <= x < width:
+                        source = out[(b * height + y) * width + x]
+                        for c in range(channels):
+                            steps = _snap(source[c] * _ACTIVATION, -_ACTIVATION_LAST, _ACTIVATION_LAST)
+                            target[c] = _narrow(steps / _ACTIVATION)
+                    else:
+                        target[:] = 0
+
+
+@_kernel
+def add_backward(  # type: ignore[no-untyped-def]
+    sums, bias, gated, height, offsets, out, to_out, to_taps, to_stream, to_sums, to_bias
+):
+    n, channels = out.shape
+    cells = n // len(bias)
+    width = cells // height
+    total = np.empty(channels, np.float32)
+    for b in range(len(bias)):
+        for i in range(height):
+            for j in range(width):
+                r = (b * height + i) * width + j
+                total[:] = 0
+                for t in range(len(offsets)):
+                    y, x = i - offsets[t, 0], j - offsets[t, 1]
+                    if 0 <= y < height and 0 <= x < width:
+                        source = to_taps[(b * height + y) * width + x, t * channels : (t + 1) * channels]
+                        for c in range(channels):
+                            total[c] += _wide(source[c])
+                for c in range(channels):
+                    steps = np.floor(out[r, c] * _ACTIVATION + _HALF_STEP)
+                    g = to_out[r, c] + total[c] * _inside(steps, -_ACTIVATION_LAST, _ACTIVATION_LAST)
+                    total[c] = g * _inside(out[r, c] * _STREAM, -_STREAM_LAST, _STREAM_LAST)
+                    to_stream[r, c] = total[c]
+                if gated:
+                    for c in range(channels):
+                        x = _wide(sums[r, c]) + bias[b, c]
+                        value = _snap(x * _ACTIVATION, -_ACTIVATION_LAST, _ACTIVATION_LAST)
+                        x = _wide(sums[r, channels + c]) + bias[b, channels + c]
+                        gate = _snap((x * _QUARTER + _HALF_STEP) * _GATE, _ZERO, _GATE_LAST)
+                        g = total[c] * gate / _GATE * _inside(value, -_ACTIVATION_LAST, _ACTIVATION_LAST)
+                        to_sums[r, c] = _narrow(g)
+                        to_bias[b, c] += g
+                        g = total[c] * value / _ACTIVATION * _QUARTER * _inside(gate, _ZERO, _GATE_LAST)
+                        to_sums[r, channels + c] = _narrow(g)
+                        to_bias[b, channels + c] += g
+                else:
+                    for c in range(channels):
+                        x = _wide(sums[r, c]) + bias[b, c]
+                        g = total[c] * _inside(np.floor(x * _STREAM + _HALF_STEP), -_STREAM_LAST, _STREAM_LAST)
+                        to_sums[r, c] = _narrow(g)
+                        to_bias[b, c] += g
+
+
+@_kernel
+def heads(sums, bias, place, out):  # type: ignore[no-untyped-def]
+    """out (n, H) float32 = activations from 0 up of some rows: those at place (n,) in (M, cells), of sums
+    (cells, M * H) and the biases (B, M * H) of their samples."""
+    cells, width = len(sums), out.shape[1]
+    for r in range(len(place)):
+        first, cell = place[r] // cells * width, place[r] % cells
+        at = cell * len(bias) // cells
+        for c in range(width):
+            steps = (_wide(sums[cell, first + c]) + bias[at, first + c]) * _ACTIVATION
+            out[r, c] = _snap(steps, _ZERO, _ACTIVATION_LAST) / _ACTIVATION
+
+
+@_kernel
+def heads_backward(out, gradient, place, to_sums, to_bias):  # type: ignore[no-untyped-def]
+    cells, width = len(to_sums), out.shape[1]
+    for r in range(len(place)):
+        first, cell = place[r] // cells * width, place[r] % cells
+        at = cell * len(to_bias) // cells
+        for c in range(width):
+            g = gradient[r, c] * _inside(out[r, c] * _ACTIVATION, _ZERO, _ACTIVATION_LAST)
+            to_sums[cell, first + c] = _narrow(g)
+            to_bias[at, first + c] += g

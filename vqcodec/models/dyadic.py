@@ -22,6 +22,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,12 +43,15 @@ from bitstream.exact import (
     TABLE_BITS,
     WEIGHT_MAX,
 )
+from vqcodec.models import compiled
+from vqcodec.models.compiled import rows_of
 
 # A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
 # from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.
 _POWERS = torch.from_numpy(POWERS).double()  # whole numbers, for exact sums
 
 Affine = Callable[[Tensor], Tensor]
+Offsets = tuple[tuple[int, int], ...]  # rows and columns to other cells
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -112,6 +116,79 @@ def gated(x: Tensor) -> Tensor:
     return activation(value) * snap(gate * 0.25 + 0.5, 6, 0, GATE_MAX)
 
 
+def shifted(x: Tensor, offsets: Offsets) -> Tensor:
+    """Neighbours side by side: (B, h, w, C) -> (B, h, w, len(offsets) * C), zeros outside the grid."""
+    h, w = x.shape[1:3]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    return torch.cat([padded[:, 1 + i : 1 + i + h, 1 + j : 1 + j + w] for i, j in offsets], -1)
+
+
+def fused(sums: Tensor) -> bool:
+    """Whether what follows these sums runs compiled, in one pass: in training on a CPU."""
+    return sums.dtype == torch.bfloat16 and sums.device.type == "cpu"
+
+
+def biased(sums: Tensor, bias: Tensor) -> Tensor:
+    """Sums (B, ..., C) with the biases (B, C) of their samples."""
+    return sums + bias.view(len(bias), *(1,) * (sums.ndim - 2), -1).to(sums.dtype)
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, bias: Tensor) -> Tensor:
+        out = torch.empty(sums.shape, dtype=sums.dtype)
+        compiled.relu(*map(rows_of, (sums, bias, out)))
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        (out,) = ctx.saved_tensors
+        to_sums, to_bias = torch.empty_like(out), torch.zeros(len(out), out.shape[-1])
+        compiled.relu_backward(*map(rows_of, (out, gradient, to_sums, to_bias)))
+        return to_sums, to_bias
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, sums: Tensor, bias: Tensor, gates: bool, offsets: Offsets
+    ) -> tuple[Tensor, Tensor]:
+        b, h, w, c = values.shape
+        ctx.layout = gates, h, np.array(offsets)
+        out, taps = torch.empty(values.shape), sums.new_empty(b, h, w, len(offsets) * c)
+        compiled.add(*map(rows_of, (values, sums, bias)), *ctx.layout, rows_of(out), rows_of(taps))
+        ctx.save_for_backward(sums, bias, out)
+        return out, taps
+
+    @staticmethod
+    def backward(ctx: Any, to_out: Tensor, to_taps: Tensor) -> tuple[Tensor | None, ...]:
+        sums, bias, out = ctx.saved_tensors
+        found = torch.empty_like(out), torch.empty_like(sums), torch.zeros_like(bias)
+        compiled.add_backward(rows_of(sums), rows_of(bias), *ctx.layout, *map(rows_of, (out, to_out, to_taps, *found)))
+        return *found, None, None
+
+
+def relu_of(sums: Tensor, bias: Tensor) -> Tensor:
+    """Activations from 0 up of sums (B, h, w, C) and biases (B, C)."""
+    return _Relu.apply(sums, bias) if fused(sums) else relu(biased(sums, bias))
+
+
+def add(
+    values: Tensor | None, sums: Tensor, bias: Tensor, offsets: Offsets, gates: bool = True
+) -> tuple[Tensor, Tensor]:
+    """To stream values (B, h, w, C), None for zeros, what sums and biases say: values and gates, (B, h, w, 2 C), or
+    stream values, (B, h, w, C). Returns the new stream values, and their activations in the cells at the offsets, side
+    by side: (B, h, w, len(offsets) * C)."""
+    if fused(sums):
+        values = torch.zeros(sums.shape) if values is None else values
+        return _Add.apply(values, sums, bias, gates, offsets)
+    x = biased(sums, bias)
+    x = gated(x) if gates else stream(x)
+    x = x if values is None else stream(values + x)
+    return x, shifted(activation(x), offsets)
+
+
 class _SnapWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -169,16 +246,14 @@ class DyadicLinear(nn.Module):
     def at(self, level: Tensor) -> Affine:
         """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""
         weight, biases = self.on_grid()
-        if len(biases) == 1:
-            return lambda x: F.linear(x, weight, biases[0])
-        bias = biases[level]
+        bias = biases[level if len(biases) > 1 else torch.zeros_like(level)]
+        return lambda x: biased(F.linear(x, weight), bias) if level.ndim else F.linear(x, weight, bias)
 
-        def affine(x: Tensor) -> Tensor:
-            y = F.linear(x, weight)
-            spread = (1,) * (x.ndim - 1 - level.ndim) if level.ndim else ()
-            return y + bias.reshape(bias.shape[:-1] + spread + bias.shape[-1:]).to(y.dtype)
-
-        return affine
+    def sums(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Of activations (B, ..., in) at the levels (B,): the sums without biases, (B, ..., out), and the biases of the
+        samples, (B, out)."""
+        weight, biases = self.on_grid()
+        return F.linear(x, weight), biases[level]
 
     def in_steps(self, level: int, bits: int | Tensor) -> tuple[Tensor, Tensor]:
         """Weight (in, out) and bias (out) for coding, where all numbers are whole steps, on the CPU.

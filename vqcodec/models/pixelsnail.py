@@ -13,7 +13,6 @@ are asked for. This is the form for training, a whole grid at once; `bitstream` 
 agree bit for bit.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,22 +30,16 @@ from bitstream.exact import (
     LOGIT_BITS,
 )
 from vqcodec.config import PriorConfig
-from vqcodec.models import Modules, dyadic
-from vqcodec.models.dyadic import DyadicLinear
+from vqcodec.models import Modules, compiled, dyadic
+from vqcodec.models.dyadic import DyadicLinear, Offsets
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.
 # Largest share of all (group, cell) pairs whose outcomes are computed on a GPU, where shapes must not depend on data.
 CAPACITY = 0.5
 
 
-Update = Callable[[Tensor, Tensor], Tensor]
-
-
-def shifted(x: Tensor, offsets: Sequence[tuple[int, int]]) -> Tensor:
-    """Neighbours side by side: (B, h, w, C) -> (B, h, w, len(offsets) * C), zeros outside the grid."""
-    h, w = x.shape[1:3]
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
-    return torch.cat([padded[:, 1 + i : 1 + i + h, 1 + j : 1 + j + w] for i, j in offsets], -1)
+HERE = ((0, 0),)
+TAPS = HERE + CAUSAL  # what a block sees
 
 
 class GatedBlock(nn.Module):
@@ -57,13 +50,10 @@ class GatedBlock(nn.Module):
         self.spatial = DyadicLinear(taps * channels, channels, levels, gain=1.4)
         self.gate = DyadicLinear(channels, 2 * channels, levels, gain=0.5)
 
-    def at(self, level: Tensor) -> Update:
-        spatial, gate = self.spatial.at(level), self.gate.at(level)
-
-        def update(stream: Tensor, taps: Tensor) -> Tensor:
-            return dyadic.stream(stream + dyadic.gated(gate(dyadic.relu(spatial(taps)))))
-
-        return update
+    def forward(self, stream: Tensor, taps: Tensor, level: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
+        """The new stream values, and their activations at the offsets."""
+        x = dyadic.relu_of(*self.spatial.sums(taps, level))
+        return dyadic.add(stream, *self.gate.sums(x, level), offsets)
 
 
 class CausalAttention(nn.Module):
@@ -89,8 +79,9 @@ class CausalAttention(nn.Module):
     def scores(self, query: Tensor, key: Tensor, position: Tensor) -> Tensor:
         return dyadic.logit(dyadic.wide(query @ key.transpose(-1, -2)) * 0.5 + dyadic.logit(position))
 
-    def forward(self, x: Tensor, codes: Tensor, level: Tensor) -> Tensor:
-        """x: (B, h, w, C) activations; codes: (B, h, w, D) activations. Returns (B, h, w, 2C) sums for the gate."""
+    def forward(self, x: Tensor, codes: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, h, w, C) activations; codes: (B, h, w, D) activations. Returns the gate's sums
+        (B, h, w, 2C) and biases (B, 2C)."""
         h, w = x.shape[1:3]
         query = self.split(self.query.at(level)(x)).flatten(1, 2).transpose(1, 2)
         key_value = self.key_value.at(level)(torch.cat([x, codes], -1))
@@ -105,7 +96,7 @@ class CausalAttention(nn.Module):
         else:
             in_steps = value.double() * 2.0**ACTIVATION_BITS
             out = dyadic.attend(scores * 2.0**LOGIT_BITS, in_steps).to(x.dtype) * 2.0**-ACTIVATION_BITS
-        return self.gate.at(level)(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)))
+        return self.gate.sums(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)), level)
 
 
 class Rows(NamedTuple):
@@ -216,29 +207,47 @@ class PixelSNAIL(nn.Module):
         (B, h, w, C + M * d), for ``logits``. All logits are log2 probabilities up to a constant per row, exact sums
         before ``dyadic.logit``.
         """
-        stream = dyadic.stream(self.embed.at(level)(shifted(codes, CAUSAL)))
-        if condition is not None:
-            stream = dyadic.stream(stream + condition)
+        x, bias = self.embed.sums(dyadic.shifted(codes, CAUSAL), level)
+        stream, taps = dyadic.add(condition, x, bias, TAPS, gates=False)
         for k, block in enumerate(self.blocks):
             if self.attention is not None and k == self.attention_after:
-                x = dyadic.activation(stream)
-                stream = dyadic.stream(stream + dyadic.gated(self.attention(x, codes, level)))
-            x = dyadic.activation(stream)
-            stream = block.at(level)(stream, torch.cat([x, shifted(x, CAUSAL)], -1))
-        known = torch.cat([dyadic.activation(stream), codes], -1)
-        flags = self.flag_out.at(level)(dyadic.relu(self.flag_hidden.at(level)(known)))
+                gate, bias = self.attention(taps[..., : self.config.channels], codes, level)
+                stream, taps = dyadic.add(stream, gate, bias, TAPS)
+            stream, taps = block(stream, taps, level, HERE if k == len(self.blocks) - 1 else TAPS)
+        known = torch.cat([taps, codes], -1)
+        flags = self.flag_out.at(level)(dyadic.relu_of(*self.flag_hidden.sums(known, level)))
         return flags.flatten(0, 2).t(), known
 
     def logits(self, known: Tensor, level: Tensor, rows: Rows) -> Tensor:
         """Logits (n, N) of the outcomes of some rows; known: as ``forward`` returns it."""
-        cells, per_sample = known[..., 0].numel(), known[0, ..., 0].numel()
-        group, cell = (rows.place // cells).clamp(max=self.groups - 1), rows.place % cells
-        weight, bias = self.hidden.on_grid()
-        sums = F.linear(known, weight).view(-1, self.config.hidden)  # cell by cell, (cells * M, H)
-        shift = bias.view(-1, self.config.hidden)[level[cell // per_sample] * self.groups + group]
-        x = dyadic.relu(sums.index_select(0, cell * self.groups + group) + shift.to(sums.dtype))
+        cells = known[..., 0].numel()
+        sums, shift = self.hidden.sums(known, level)
+        if dyadic.fused(sums):
+            x = _Heads.apply(sums, shift, rows.place, self.config.hidden)
+        else:
+            group, cell = (rows.place // cells).clamp(max=self.groups - 1), rows.place % cells
+            sums = dyadic.biased(sums, shift).view(-1, self.config.hidden)  # cell by cell, (cells * M, H)
+            x = dyadic.relu(sums.index_select(0, cell * self.groups + group))
         weight, bias = self.out.on_grid()
         return grouped(x, weight.unflatten(0, (self.groups, -1)), rows, bias.view(self.groups, -1), cells)
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, bias: Tensor, place: Tensor, hidden: int) -> Tensor:
+        out = torch.empty(len(place), hidden)
+        compiled.heads(compiled.rows_of(sums), bias.detach().numpy(), place.numpy(), out.numpy())
+        ctx.save_for_backward(out, place)
+        ctx.shapes = sums.shape, bias.shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, place = ctx.saved_tensors
+        to_sums, to_bias = torch.zeros(ctx.shapes[0], dtype=torch.bfloat16), torch.zeros(ctx.shapes[1])
+        arrays = (x.contiguous().numpy() for x in (out, gradient, place))
+        compiled.heads_backward(*arrays, compiled.rows_of(to_sums), to_bias.numpy())
+        return to_sums, to_bias, None, None
 
 
 def take(x: Tensor, place: Tensor) -> Tensor:
@@ -263,9 +272,10 @@ class ConditioningStack(nn.Module):
 
     def forward(self, codes: Tensor, level: Tensor) -> Tensor:
         """codes: (B, h, w, condition_dim) activations -> (B, 2h, 2w, C) stream values."""
-        stream = dyadic.stream(self.embed.at(level)(shifted(codes, AROUND)))
-        for block in self.blocks:
-            stream = block.at(level)(stream, shifted(dyadic.activation(stream), AROUND))
-        x = dyadic.stream(self.up.at(level)(dyadic.activation(stream)))
+        x, bias = self.embed.sums(dyadic.shifted(codes, AROUND), level)
+        stream, taps = dyadic.add(None, x, bias, AROUND, gates=False)
+        for k, block in enumerate(self.blocks):
+            stream, taps = block(stream, taps, level, HERE if k == len(self.blocks) - 1 else AROUND)
+        x = dyadic.stream(self.up.at(level)(taps))
         b, h, w = x.shape[:3]
         return x.reshape(b, h, w, 2, 2, -1).transpose(2, 3).reshape(b, 2 * h, 2 * w, -1)
