@@ -25,7 +25,17 @@ import click
 from bitstream.container import DEFAULT_MAX_PIXELS
 from bitstream.errors import UsageError, VqcodecError
 from vqcodec import __version__, storage
-from vqcodec.config import BEST_QUALITY, CONFIGS, DEFAULT_EFFORT, DEFAULT_QUALITY, EFFORTS, PRODUCT
+from vqcodec.config import (
+    BEST_QUALITY,
+    CONFIGS,
+    DEFAULT_EFFORT,
+    DEFAULT_QUALITY,
+    DEFAULT_TUNE,
+    EFFORTS,
+    PRODUCT,
+    TUNES,
+    Tune,
+)
 from vqcodec.formats import advice
 from vqcodec.jobs import Job, Plan, blame, finish, plan_jobs, read_file, reason, refuse_clashes, title, write_file
 
@@ -441,6 +451,12 @@ _quality = click.option(
     default=DEFAULT_QUALITY,
     help=f"From 1, the smallest file, to {BEST_QUALITY}, the best picture; fractions are fine.",
 )
+_tune = click.option(
+    "--tune",
+    type=click.Choice(TUNES),
+    default=DEFAULT_TUNE,
+    help="What to spend the bytes on: least squared error, or what the eye sees.",
+)
 _count = click.IntRange(min=1)
 _resume = click.option("--resume", is_flag=True, help="Skip inputs whose output exists and is not older.")
 _verbose = click.option("-v", "--verbose", is_flag=True, help="A line for every file, also in folders.")
@@ -613,6 +629,7 @@ _positive = _Positive()
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
 @_quality
+@_tune
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
@@ -629,6 +646,7 @@ _positive = _Positive()
 def encode(
     options: _FileOptions,
     quality: float,
+    tune: Tune,
     target_size: float | None,
     target_bpp: float | None,
     target_psnr: float | None,
@@ -644,6 +662,7 @@ def encode(
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
       vqcodec encode --effort 3 photo.png       more quality for the bytes, slow
+      vqcodec encode --tune visual photo.png    for the eye, about as many bytes
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
@@ -666,7 +685,7 @@ def encode(
     _check_qualities(codec, [quality] if target is None else [])
     from vqcodec.batch import Encode
 
-    _do(Encode(quality, target, strip, effort, options.max_pixels, lenient), plan, codec, options, strict)
+    _do(Encode(quality, target, tune, strip, effort, options.max_pixels, lenient), plan, codec, options, strict)
 
 
 def _check_qualities(codec: "Codec", qualities: Iterable[float]) -> None:
@@ -799,6 +818,7 @@ def info(
       width, height   in pixels
       mode            GREY, RGB, GREY_ALPHA or RGBA
       level           quality level, from 1
+      tune            psnr or visual: what its bytes were spent on
       bpp             bits per pixel: 8 x bytes / (width x height)
       fingerprint     of the model that wrote the file, hexadecimal
       chunks          bytes of each one present: grid1 (the coarsest, top),
@@ -857,6 +877,7 @@ def _facts(data: bytes) -> dict[str, Any]:
         "height": header.height,
         "mode": header.colour.shown.name,
         "level": header.level,
+        "tune": TUNES[header.visual],
         "bpp": round(8 * len(data) / (header.width * header.height), 4),
         "fingerprint": header.fingerprint.hex(),
         "chunks": {name: len(content) for name, content in contents.items() if content is not None},
@@ -875,7 +896,7 @@ def _show_facts(facts: dict[str, Any]) -> None:
 
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_row("size", "{width} x {height} pixels, {mode}".format(**facts))
-    table.add_row("quality", "level {level}".format(**facts))
+    table.add_row("quality", "level {level}, tune {tune}".format(**facts))
     table.add_row("file", "{bytes:,} bytes, {bpp:.3f} bpp, format version {version}".format(**facts))
     table.add_row("model", facts["fingerprint"])
     for name in ("camera", "date", "profile"):
@@ -904,6 +925,7 @@ _GRIDS = {"grid1": ", top: what is where", "grid2": ", bottom: the details"}
     default=(1, 3, 5, 7),
     help="As in encode; give it again for another row.",
 )
+@_tune
 @_force
 @_device
 @_weights
@@ -912,6 +934,7 @@ def compare(
     picture: str,
     out: str | None,
     qualities: tuple[float, ...],
+    tune: Tune,
     force: bool,
     device: str,
     weights: str | None,
@@ -923,6 +946,7 @@ def compare(
     Examples:
       vqcodec compare photo.png                 writes photo.html
       vqcodec compare photo.png -q 2 -q 4.5 -o page.html
+      vqcodec compare photo.png --tune visual
 
     The page holds everything: a slider between any two pictures, the original, then for every quality the .vq2
     file's picture and what the others make of at most as many bytes, each with its quality, size, PSNR and, where
@@ -939,7 +963,7 @@ def compare(
 
     with blame(title(source)), _bar(source) as progress:
         original, rows = read(data, max_pixels), []
-        for row in rows_of(codec, original, qualities):
+        for row in rows_of(codec, original, qualities, tune):
             rows.append(row)
             if progress:
                 progress(len(rows) / len(qualities))

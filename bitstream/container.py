@@ -13,7 +13,8 @@ offset  size  field        meaning and allowed range                            
 ======  ====  ===========  ========================================================  =======================
 0       4     magic        F6 56 51 32: a byte that UTF-8 does not use, then "VQ2"   NotVq2Error
 4       1     version      2                                                         UnsupportedVersionError
-5       1     level        quality level, 1..255 and one that the model has          DamagedError
+5       1     level        quality level, 1..127 and one that the model has; plus    DamagedError
+                           128 if the file is tuned for the eye
 6       1     colour       colour mode, section 2                                    DamagedError
 7       3     width        width in pixels minus 1, so 1..2^24 pixels                LimitError
 10      3     height       height in pixels minus 1, so 1..2^24 pixels               LimitError
@@ -32,8 +33,8 @@ H the width and height in blocks of 16 x 16 pixels, rounded up::
 
 that is a byte for every 4 blocks, of which thin pictures count 8 side by side. Smaller files are padded, see
 section 3. All this is checked in this order before the chunks are looked at. Fingerprint, level and checksum are
-checked by whoever holds the model, and whether there is memory enough by whoever decodes. Level l uses row l - 1
-wherever the model has a row for each level.
+checked by whoever holds the model, and whether there is memory enough by whoever decodes. Which row level
+and tune use, wherever the model has rows for them, is said in FORMAT.md, section 8.
 
 
 2. Colour modes
@@ -187,7 +188,8 @@ MAGIC = b"\xf6VQ2"
 VERSION = 2
 HEADER_BYTES = 25  # the last 4 are the checksum
 FINGERPRINT_BYTES = 8
-MAX_LEVEL = 255
+MAX_LEVEL = 127
+VISUAL = 128  # in the byte of the level
 MAX_SIDE = 2**24
 MAX_VARINT_BYTES = 5
 MAX_GRIDS = 8
@@ -241,7 +243,8 @@ class ColourMode(IntEnum):
 class Header:
     """What a decoder must know before it reads an index.
 
-    level: 1..255.  width, height: 1..2**24 pixels.  fingerprint: 8 bytes.  ValueError for anything else.
+    level: 1..127.  width, height: 1..2**24 pixels.  fingerprint: 8 bytes.  visual: tuned for the eye, not for squared
+    error.  ValueError for anything else.
     """
 
     level: int
@@ -249,6 +252,7 @@ class Header:
     height: int
     colour: ColourMode
     fingerprint: bytes
+    visual: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= MAX_LEVEL:
@@ -400,7 +404,7 @@ def _header_bytes(header: Header) -> bytes:
     return b"".join(
         [
             MAGIC,
-            bytes([VERSION, header.level, header.colour]),
+            bytes([VERSION, header.level | header.visual * VISUAL, header.colour]),
             (header.width - 1).to_bytes(3, "little"),
             (header.height - 1).to_bytes(3, "little"),
             header.fingerprint,
@@ -421,7 +425,8 @@ def _parse_header(data: memoryview) -> tuple[Header, int]:
         raise DamagedError(f"the file ends after {len(data)} of {HEADER_BYTES} header bytes: it is truncated")
     width, height = (int.from_bytes(data[start : start + 3], "little") + 1 for start in (7, 10))
     try:
-        header = Header(data[5], width, height, ColourMode(data[6]), bytes(data[13:21]))
+        visual, level = divmod(data[5], VISUAL)
+        header = Header(level, width, height, ColourMode(data[6]), bytes(data[13:21]), bool(visual))
     except ValueError as error:
         raise DamagedError(f"{error}: the file is damaged") from None
     return header, int.from_bytes(data[21:25], "little")

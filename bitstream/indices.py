@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bitstream import container, walk
 from bitstream.container import DEFAULT_MAX_PIXELS, Container, Header
@@ -70,13 +70,12 @@ class IndexCoder:
                 f"the file was written with model {header.fingerprint.hex()}, this installation has "
                 f"{self.weights.fingerprint.hex()}: install the vqcodec version that wrote it, or pass its --weights"
             )
-        if header.level > self.weights.levels:
-            raise DamagedError(f"level {header.level}, the model has {self.weights.levels} levels: the file is damaged")
+        row = self.weights.row(header)
         size = header.height, header.width
         counter = Counter(progress, sum(self._indices(k, size) for k in range(len(payloads))))
         grids: list[Grid] = []
         for k, payload in enumerate(payloads):
-            setting = self._setting(k, header.level - 1, size, grids, counter)
+            setting = self._setting(k, row, size, grids, counter)
             if bits is not None:
                 bits.append(np.zeros((self.weights.grids[k].groups, *setting.shape), np.float32))
                 setting = setting._replace(bits=bits[k])
@@ -85,26 +84,26 @@ class IndexCoder:
 
     def encode(
         self,
-        level: int,
+        row: int,
         size: tuple[int, int],
         grids: Sequence[Grid],
         latents: NDArray[np.float32],
-        rate_weight: float,
+        rate_weights: ArrayLike,
         progress: Progress | None = None,
     ) -> tuple[Grid, bytes]:
         """The next finer grid of an image and its payload.
 
-        level: from 0; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d). The indices
-        are those of least |z - e|^2 + rate_weight * bits, one after the other. ValueError for latents that are not
-        finite.
+        row: as of ``Weights.row``; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d). The indices
+        are those of least |z - e|^2 + rate_weight * bits, one after the other; rate_weights: one for all cells, or one
+        for each, (h, w). ValueError for latents that are not finite.
         """
         k = len(grids)
         counter = Counter(progress, self._indices(k, size))
-        return walk.encode(self._setting(k, level, size, grids, counter), latents, rate_weight)
+        return walk.encode(self._setting(k, row, size, grids, counter), latents, rate_weights)
 
     def sample(
         self,
-        level: int,
+        row: int,
         size: tuple[int, int],
         generator: np.random.Generator,
         temperature: float = 1.0,
@@ -117,7 +116,7 @@ class IndexCoder:
         """
         drawn = list(grids)
         for k in range(len(drawn), len(self.weights.grids)):
-            drawn.append(walk.sample(self._setting(k, level, size, drawn), generator, temperature))
+            drawn.append(walk.sample(self._setting(k, row, size, drawn), generator, temperature))
         return drawn
 
     def _all(self, parts: Container) -> Sequence[bytes]:
@@ -127,13 +126,13 @@ class IndexCoder:
         return parts.grids
 
     def _setting(
-        self, k: int, level: int, size: tuple[int, int], grids: Sequence[Grid], counter: "Counter | None" = None
+        self, k: int, row: int, size: tuple[int, int], grids: Sequence[Grid], counter: "Counter | None" = None
     ) -> Setting:
-        if (k, level) not in self._priors:  # kept: making one ready takes as long as a small picture
-            self._priors[k, level] = Prior(self.weights, k, level)
+        if (k, row) not in self._priors:  # kept: making one ready takes as long as a small picture
+            self._priors[k, row] = Prior(self.weights, k, row)
         tell = counter.of(self.weights.grids[k].groups) if counter else None
         coarser = np.ascontiguousarray(grids[k - 1]) if k else None
-        return Setting(self._priors[k, level], self.weights.shape(k, *size), coarser, tell=tell)
+        return Setting(self._priors[k, row], self.weights.shape(k, *size), coarser, tell=tell)
 
     def _indices(self, k: int, size: tuple[int, int]) -> int:
         """How many grid k has."""

@@ -241,7 +241,7 @@ class Coder(NamedTuple):
     words: Any  # (words,) uint32
     intervals: Any  # (lanes, 2, room) int32: cumulative frequency and frequency
     latents: Any  # (h, w, M d) float32
-    rate_weight: float
+    rate_weights: Any  # (h, w) float64
     temperature: float
 
 
@@ -592,7 +592,7 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
         index, outcome = 0, 0
         if coder.encode:
             z = coder.latents[i, j, g * dim : g * dim + dim]
-            weight = coder.rate_weight
+            weight = coder.rate_weights[i, j]
             best, escaped = np.float64(0), np.float64(0)
             for c in range(dim):
                 best += np.float64(z[c]) * np.float64(z[c])

@@ -1,4 +1,4 @@
-"""A prior made ready to code a grid at one quality level: the integers of a weights file, laid out for the kernels."""
+"""A prior made ready to code a grid at one level of one tune: the integers of a weights file, laid out for the kernels."""
 
 from typing import Any
 
@@ -33,13 +33,13 @@ class Prior:
     """``net`` and ``model``: what the kernels need; ``condition``: the layers before them, None for the coarsest grid;
     ``coarser``: the code activations (M, K + 1, d) that the condition reads."""
 
-    def __init__(self, weights: Weights, k: int, level: int) -> None:
-        """level: from 0."""
+    def __init__(self, weights: Weights, k: int, row: int) -> None:
+        """row: of the biases, see ``Weights.row``."""
         self.grid = grid = weights.grids[k]
         name, m, d, c = f"priors.{k}", grid.groups, grid.dim, grid.channels
         attention = grid.heads * grid.head_channels
         vectors = weights.tensors[f"codebooks.{k}.vectors"]
-        net = _Layers(weights, level)
+        net = _Layers(weights, row)
         net.add(f"{name}.embed", STREAM_BITS, [grid.depth] * len(CAUSAL), [c])
         if attention:
             net.add(f"{name}.attention.query", ACTIVATION_BITS, [c], [attention])
@@ -88,7 +88,7 @@ class Prior:
         )
         self.condition: Network | None = None
         if k:
-            stack = _Layers(weights, level)
+            stack = _Layers(weights, row)
             wide = CONDITION_WIDTH
             stack.add(f"{name}.condition.embed", STREAM_BITS, [weights.grids[k - 1].depth] * len(AROUND), [wide])
             for n in range(CONDITION_BLOCKS):
@@ -108,8 +108,8 @@ def _with_null(vectors: Array) -> NDArray[np.int8]:
 class _Layers:
     """Layers one after the other, at the end a ``Network``."""
 
-    def __init__(self, weights: Weights, level: int) -> None:
-        self.tensors, self.level = weights.tensors, level
+    def __init__(self, weights: Weights, row: int) -> None:
+        self.tensors, self.row = weights.tensors, row
         self.weight: list[Array] = []
         self.bias: list[Array] = []
         self.shift: list[Array] = []
@@ -135,7 +135,7 @@ class _Layers:
         """
         weight = self.tensors[f"{name}.weight"][rows] * np.asarray(mask, np.int8)
         biases = self.tensors[f"{name}.bias"]
-        bias = biases[self.level if len(biases) > 1 else 0, rows].astype(np.int64)
+        bias = biases[self.row if len(biases) > 1 else 0, rows].astype(np.int64)
         shift = ACTIVATION_BITS - self.tensors[f"{name}.exponent"][rows, 0].astype(np.int64) - bits
         # Half a unit, so that a shift to the right rounds; and without what the ZERO in the inputs' bytes adds.
         bias += (1 << shift - 1) + (np.asarray(offset) << shift) - ZERO * weight.sum(1, dtype=np.int64)

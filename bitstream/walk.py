@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from bitstream import kernels, rans
 from bitstream.exact import ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, lanes
@@ -55,8 +55,10 @@ def decode(setting: Setting, payload: bytes) -> Grid:
     return grid
 
 
-def encode(setting: Setting, latents: Floats, rate_weight: float) -> tuple[Grid, bytes]:
+def encode(setting: Setting, latents: Floats, rate_weights: ArrayLike) -> tuple[Grid, bytes]:
     """The indices (M, h, w) of least |z - e|^2 + rate_weight * bits for latents z (h, w, M d), and their payload.
+
+    rate_weights: one for all cells, or one for each, (h, w).
 
     ValueError for latents that are not finite.
     """
@@ -71,7 +73,7 @@ def encode(setting: Setting, latents: Floats, rate_weight: float) -> tuple[Grid,
         words=np.zeros(0, np.uint32),
         intervals=np.empty((streams, 2, max(most, INTERVALS)), np.int32),
         latents=np.ascontiguousarray(latents, np.float32),
-        rate_weight=float(rate_weight),
+        rate_weights=np.array(np.broadcast_to(rate_weights, setting.shape), np.float64),
         temperature=1.0,
     )
     encoders = [rans.Encoder() for _ in range(streams)]
@@ -106,7 +108,7 @@ def _reading(words: NDArray[np.uint32], bounds: NDArray[np.int64], temperature: 
         words=words,
         intervals=np.empty((streams, 2, 0), np.int32),
         latents=np.empty((0, 0, 0), np.float32),
-        rate_weight=0.0,
+        rate_weights=np.empty((0, 0)),
         temperature=float(temperature),
     )
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from bitstream.container import FINGERPRINT_BYTES, MAX_GRIDS, MAX_LEVEL
-from bitstream.errors import WeightsError
+from bitstream.container import FINGERPRINT_BYTES, MAX_GRIDS, MAX_LEVEL, Header
+from bitstream.errors import DamagedError, WeightsError
 from bitstream.exact import (
     AROUND,
     ATTENTION_ROWS,
@@ -80,8 +80,8 @@ class Weights:
 
         Raises WeightsError unless they are all there, of the types, shapes and ranges that FORMAT.md gives.
         """
-        self.levels, self.grids = _configured(config)
-        expected = _expected(self.grids, self.levels)
+        self.levels, self.banks, self.grids = _configured(config)
+        expected = _expected(self.grids, self.levels * self.banks)
         ours = {name for name in tensors if _codes(name)}
         if ours != set(expected):
             names = sorted(ours ^ set(expected))
@@ -123,6 +123,12 @@ class Weights:
             digest.update(values.astype(values.dtype.newbyteorder("<"), order="C", copy=False).data)
         return digest.digest()[:FINGERPRINT_BYTES]
 
+    def row(self, header: Header) -> int:
+        """The row that the priors' biases have for a file. Raises DamagedError for a level that there is not."""
+        if header.level > self.levels:
+            raise DamagedError(f"level {header.level}, the model has {self.levels} levels: the file is damaged")
+        return header.level - 1 + (self.levels if header.visual and self.banks == 2 else 0)
+
     def shape(self, k: int, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of grid k for an image of this size in pixels."""
         coarsest, ratio = self.grids[0].stride, self.grids[0].stride // self.grids[k].stride
@@ -134,8 +140,8 @@ def _codes(name: str) -> bool:
     return name.startswith("priors.") or name.endswith(".vectors")
 
 
-def _configured(config: Mapping[str, Any]) -> tuple[int, tuple[Grid, ...]]:
-    """Number of levels, and grids: each field by itself, then what they are together."""
+def _configured(config: Mapping[str, Any]) -> tuple[int, int, tuple[Grid, ...]]:
+    """Numbers of levels and banks, and grids: each field by itself, then what they are together."""
     try:
         levels, entries = len(config["lambdas"]), [{**entry, **entry["prior"]} for entry in config["grids"]]
         values = [{field.name: entry[field.name] for field in fields(Grid)} for entry in entries]
@@ -145,6 +151,9 @@ def _configured(config: Mapping[str, Any]) -> tuple[int, tuple[Grid, ...]]:
         raise WeightsError(
             f"the weights have {levels} levels and {len(values)} grids, not 1..{MAX_LEVEL}, 1..{MAX_GRIDS}"
         )
+    banks = config.get("banks", 1)
+    if type(banks) is not int or banks not in (1, 2):
+        raise WeightsError(f"the weights have banks = {banks!r}, not 1 or 2")
     for k, entry in enumerate(values):
         for name, value in entry.items():
             least = 0 if name in ("blocks", "heads", "escape") else 1
@@ -158,42 +167,42 @@ def _configured(config: Mapping[str, Any]) -> tuple[int, tuple[Grid, ...]]:
             raise WeightsError(f"grid {k} of the weights has {codes}, which the format does not allow")
         if k and grids[k - 1].stride != 2 * grid.stride:
             raise WeightsError(f"grid {k} of the weights has stride {grid.stride} after {grids[k - 1].stride}")
-        for name, layer in layers(grids, k, levels):
+        for name, layer in layers(grids, k, levels * banks):
             if layer.inputs > MAX_FAN_IN:
                 raise WeightsError(f"layer {name} has {layer.inputs} inputs, the limit of exact sums is {MAX_FAN_IN}")
-    return levels, grids
+    return levels, banks, grids
 
 
-def layers(grids: tuple[Grid, ...], k: int, levels: int) -> Iterator[tuple[str, Layer]]:
+def layers(grids: tuple[Grid, ...], k: int, rows: int) -> Iterator[tuple[str, Layer]]:
     """The layers of grid k, by name. Lazily: what a damaged configuration asks for is looked at one by one."""
     grid, name = grids[k], f"priors.{k}"
     c, depth, attention = grid.channels, grid.depth, grid.heads * grid.head_channels
     if k:
         wide = CONDITION_WIDTH
-        yield f"{name}.condition.embed", Layer(len(AROUND) * grids[k - 1].depth, wide, levels)
+        yield f"{name}.condition.embed", Layer(len(AROUND) * grids[k - 1].depth, wide, rows)
         for n in range(CONDITION_BLOCKS):
-            yield f"{name}.condition.blocks.{n}.spatial", Layer(len(AROUND) * wide, wide, levels)
-            yield f"{name}.condition.blocks.{n}.gate", Layer(wide, 2 * wide, levels)
-        yield f"{name}.condition.up", Layer(wide, 4 * c, levels)
-    yield f"{name}.embed", Layer(len(CAUSAL) * depth, c, levels)
+            yield f"{name}.condition.blocks.{n}.spatial", Layer(len(AROUND) * wide, wide, rows)
+            yield f"{name}.condition.blocks.{n}.gate", Layer(wide, 2 * wide, rows)
+        yield f"{name}.condition.up", Layer(wide, 4 * c, rows)
+    yield f"{name}.embed", Layer(len(CAUSAL) * depth, c, rows)
     if attention:
-        yield f"{name}.attention.query", Layer(c, attention, levels)
-        yield f"{name}.attention.key_value", Layer(c + depth, 2 * attention, levels)
-        yield f"{name}.attention.gate", Layer(attention, 2 * c, levels)
-    yield f"{name}.flag_hidden", Layer(c + depth, grid.groups * grid.flags, levels)
-    yield f"{name}.flag_out", Layer(grid.groups * grid.flags, grid.groups, levels)
-    yield f"{name}.hidden", Layer(c + depth, grid.groups * grid.hidden, levels)
+        yield f"{name}.attention.query", Layer(c, attention, rows)
+        yield f"{name}.attention.key_value", Layer(c + depth, 2 * attention, rows)
+        yield f"{name}.attention.gate", Layer(attention, 2 * c, rows)
+    yield f"{name}.flag_hidden", Layer(c + depth, grid.groups * grid.flags, rows)
+    yield f"{name}.flag_out", Layer(grid.groups * grid.flags, grid.groups, rows)
+    yield f"{name}.hidden", Layer(c + depth, grid.groups * grid.hidden, rows)
     yield f"{name}.out", Layer(grid.hidden, grid.groups * grid.outcomes, 1)
     for n in range(grid.blocks):
-        yield f"{name}.blocks.{n}.spatial", Layer((1 + len(CAUSAL)) * c, c, levels)
-        yield f"{name}.blocks.{n}.gate", Layer(c, 2 * c, levels)
+        yield f"{name}.blocks.{n}.spatial", Layer((1 + len(CAUSAL)) * c, c, rows)
+        yield f"{name}.blocks.{n}.gate", Layer(c, 2 * c, rows)
 
 
-def _expected(grids: tuple[Grid, ...], levels: int) -> dict[str, tuple[Any, tuple[int, ...], float, float]]:
+def _expected(grids: tuple[Grid, ...], rows: int) -> dict[str, tuple[Any, tuple[int, ...], float, float]]:
     """Type, shape and range of every tensor."""
     found: dict[str, tuple[Any, tuple[int, ...], float, float]] = {}
     for k, grid in enumerate(grids):
-        for name, layer in layers(grids, k, levels):
+        for name, layer in layers(grids, k, rows):
             found[f"{name}.weight"] = np.int8, (layer.outputs, layer.inputs), -WEIGHT_MAX, WEIGHT_MAX
             found[f"{name}.exponent"] = np.int8, (layer.outputs, 1), EXPONENT_MIN, EXPONENT_MAX
             found[f"{name}.bias"] = np.int32, (layer.biases, layer.outputs), -BIAS_MAX, BIAS_MAX

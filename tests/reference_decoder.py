@@ -32,6 +32,7 @@ class File(NamedTuple):
     width: int
     height: int
     level: int  # from 0
+    visual: bool
     fingerprint: bytes
     checksum: int
     covered: bytes  # what the checksum covers before the indices
@@ -44,7 +45,7 @@ def parse(data: bytes) -> File:
     width, height = 1 + int.from_bytes(data[7:10], "little"), 1 + int.from_bytes(data[10:13], "little")
     short, long = sorted([(width + 15) // 16, (height + 15) // 16])
     least = (max(8, short) * long + 3) // 4
-    if data[5] == 0 or data[6] not in (0, 1, 2, 3, 5, 7) or len(data) < least:
+    if data[5] % 128 == 0 or data[6] not in (0, 1, 2, 3, 5, 7) or len(data) < least:
         raise Refused("header")
     chunks: dict[int, bytes] = {}
     at = 25
@@ -70,7 +71,9 @@ def parse(data: bytes) -> File:
             raise Refused("CRC of a chunk")
     checksum = int.from_bytes(data[21:25], "little")
     covered = data[:21] + chunks.get(0x40, b"")[:-4]
-    return File(width, height, data[5] - 1, data[13:21], checksum, covered, [chunks[k] for k in grids])
+    return File(
+        width, height, data[5] % 128 - 1, data[5] >= 128, data[13:21], checksum, covered, [chunks[k] for k in grids]
+    )
 
 
 def verify(file: File, grids: Sequence[Ints]) -> None:
@@ -172,6 +175,7 @@ DTYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "F16": "<u2"}  # F16: the bit
 
 class Weights(NamedTuple):
     levels: int
+    banks: int
     grids: list[dict[str, Any]]
     tensors: dict[str, Ints]
     fingerprint: bytes
@@ -194,7 +198,7 @@ def read_weights(data: bytes) -> Weights:
             raw = body[start:end]
             tensors[name] = np.frombuffer(raw, DTYPES[kind]).astype(np.int64).reshape(shape)
             digest.update(" ".join([name, names[kind], *map(str, shape)]).encode() + b"\n" + raw)
-    return Weights(len(config["lambdas"]), grids, tensors, digest.digest()[:8])
+    return Weights(len(config["lambdas"]), config.get("banks", 1), grids, tensors, digest.digest()[:8])
 
 
 def code_activations(bits: Ints) -> Ints:
@@ -229,11 +233,11 @@ class Codes:
 class Linear:
     """Sums of activations, rounded to steps of 2^-bits."""
 
-    def __init__(self, weights: Weights, name: str, level: int) -> None:
+    def __init__(self, weights: Weights, name: str, row: int) -> None:
         self.weight = weights.tensors[f"{name}.weight"]
         self.exponent = weights.tensors[f"{name}.exponent"][:, 0]
         biases = weights.tensors[f"{name}.bias"]
-        self.bias = biases[level if len(biases) > 1 else 0]
+        self.bias = biases[row if len(biases) > 1 else 0]
 
     def __call__(self, x: Ints, bits: int, rows: slice = slice(None)) -> Ints:
         """Of some rows of outputs, from the first inputs: those that x has."""
@@ -270,9 +274,9 @@ def taps(grid: Ints, i: int, j: int, offsets: list[tuple[int, int]]) -> Ints:
 
 
 class Block:
-    def __init__(self, weights: Weights, name: str, level: int) -> None:
-        self.spatial = Linear(weights, f"{name}.spatial", level)
-        self.gate = Linear(weights, f"{name}.gate", level)
+    def __init__(self, weights: Weights, name: str, row: int) -> None:
+        self.spatial = Linear(weights, f"{name}.spatial", row)
+        self.gate = Linear(weights, f"{name}.gate", row)
 
     def __call__(self, stream: Ints, x: Ints) -> Ints:
         return add_gated(stream, self.gate, activation(self.spatial(x, ACTIVATION), 0))
@@ -281,18 +285,18 @@ class Block:
 # --- section 10: the condition ---
 
 
-def condition(weights: Weights, k: int, level: int, codes: Ints) -> Ints:
+def condition(weights: Weights, k: int, row: int, codes: Ints) -> Ints:
     """Stream values (2h, 2w, C) for grid k from the code activations (h, w, D) of grid k - 1."""
     name = f"priors.{k}.condition"
     h, w = codes.shape[:2]
     cells = list(np.ndindex(h, w))
-    embed = Linear(weights, f"{name}.embed", level)
+    embed = Linear(weights, f"{name}.embed", row)
     stream = np.array([clip12(embed(taps(codes, i, j, AROUND), STREAM)) for i, j in cells]).reshape(h, w, -1)
     for b in range(2):
-        block = Block(weights, f"{name}.blocks.{b}", level)
+        block = Block(weights, f"{name}.blocks.{b}", row)
         x = read_stream(stream)
         stream = np.array([block(stream[i, j], taps(x, i, j, AROUND)) for i, j in cells]).reshape(h, w, -1)
-    up = Linear(weights, f"{name}.up", level)
+    up = Linear(weights, f"{name}.up", row)
     channels = len(up.bias) // 4
     out = np.zeros((2 * h, 2 * w, channels), np.int64)
     for i, j in cells:
@@ -305,9 +309,9 @@ def condition(weights: Weights, k: int, level: int, codes: Ints) -> Ints:
 
 
 class Attention:
-    def __init__(self, weights: Weights, name: str, level: int, shape: tuple[int, int], heads: int) -> None:
+    def __init__(self, weights: Weights, name: str, row: int, shape: tuple[int, int], heads: int) -> None:
         self.query, self.key_value, self.gate = (
-            Linear(weights, f"{name}.{part}", level) for part in ("query", "key_value", "gate")
+            Linear(weights, f"{name}.{part}", row) for part in ("query", "key_value", "gate")
         )
         self.position = weights.tensors[f"{name}.position"]
         self.known = np.zeros((*shape, 2, heads, len(self.query.bias) // heads), np.int64)  # keys, values
@@ -348,17 +352,17 @@ def part(group: int, size: int) -> slice:
 
 
 def decode_grid(
-    weights: Weights, k: int, level: int, shape: tuple[int, int], given: Ints | None, payload: bytes
+    weights: Weights, k: int, row: int, shape: tuple[int, int], given: Ints | None, payload: bytes
 ) -> tuple[Ints, Ints]:
     """Indices (M, h, w) and code activations (h, w, M d) of grid k."""
     name, grid = f"priors.{k}", weights.grids[k]
     groups, d, prior = grid["groups"], grid["dim"], grid["prior"]
     vectors, outcomes, escape = Codes(weights, k), grid["codes"] + grid["escape"], grid["codes"]
-    embed = Linear(weights, f"{name}.embed", level)
-    blocks = [Block(weights, f"{name}.blocks.{b}", level) for b in range(prior["blocks"])]
-    attention = Attention(weights, f"{name}.attention", level, shape, prior["heads"]) if prior["heads"] else None
+    embed = Linear(weights, f"{name}.embed", row)
+    blocks = [Block(weights, f"{name}.blocks.{b}", row) for b in range(prior["blocks"])]
+    attention = Attention(weights, f"{name}.attention", row, shape, prior["heads"]) if prior["heads"] else None
     flag_hidden, flag_out, hidden, out = (
-        Linear(weights, f"{name}.{layer}", level) for layer in ("flag_hidden", "flag_out", "hidden", "out")
+        Linear(weights, f"{name}.{layer}", row) for layer in ("flag_hidden", "flag_out", "hidden", "out")
     )
     uniform = np.full(128, 2**13, np.int64)
 
@@ -411,6 +415,7 @@ def decode(data: bytes, weights: Weights) -> list[Ints]:
         raise Refused("weights")
     if file.level >= weights.levels or len(file.payloads) != len(weights.grids):
         raise Refused("level or number of grids")
+    row = file.level + (weights.levels if file.visual and weights.banks == 2 else 0)
     stride = weights.grids[0]["stride"]
     high, wide = -(-file.height // stride), -(-file.width // stride)
     grids: list[Ints] = []
@@ -419,8 +424,8 @@ def decode(data: bytes, weights: Weights) -> list[Ints]:
     for k, payload in enumerate(file.payloads):
         ratio = stride // weights.grids[k]["stride"]
         if k:
-            given = condition(weights, k, file.level, codes)
-        indices, codes = decode_grid(weights, k, file.level, (high * ratio, wide * ratio), given, payload)
+            given = condition(weights, k, row, codes)
+        indices, codes = decode_grid(weights, k, row, (high * ratio, wide * ratio), given, payload)
         grids.append(indices)
     verify(file, grids)
     return grids

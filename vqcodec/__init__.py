@@ -33,7 +33,7 @@ from bitstream.errors import (
     WeightsError,
     WorkerError,
 )
-from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE, Tune
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -123,18 +123,20 @@ def encode(
     image: "Image.Image | ArrayLike | Picture | Source",
     quality: float = DEFAULT_QUALITY,
     *,
+    tune: Tune = DEFAULT_TUNE,
     strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
-    return _codec(device).encode(_picture(image, strip), quality, effort=effort)
+    return _codec(device).encode(_picture(image, strip), quality, tune=tune, effort=effort)
 
 
 def encode_to(
     image: "Image.Image | ArrayLike | Picture | Source",
     target: "Target",
     *,
+    tune: Tune = DEFAULT_TUNE,
     strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
@@ -143,7 +145,7 @@ def encode_to(
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
     """
-    return _codec(device).encode_to(_picture(image, strip), target, effort=effort)
+    return _codec(device).encode_to(_picture(image, strip), target, tune=tune, effort=effort)
 
 
 def decode(

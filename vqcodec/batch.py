@@ -28,6 +28,7 @@ import torch
 from bitstream.container import MAX_SIDE, unpack
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec
+from vqcodec.config import Tune
 from vqcodec.image import Picture, Strip, info_of, read, stripped, to_pil
 from vqcodec.jobs import Job, begin
 from vqcodec.output import Options, save
@@ -65,6 +66,7 @@ class Encode:
 
     quality: float
     target: Target | None
+    tune: Tune
     strip: Strip
     effort: int
     max_pixels: int
@@ -76,9 +78,9 @@ class Encode:
         height, width = picture.pixels.shape[:2]
         quality, miss = None, ""
         if self.target is None:
-            encoded = codec.encode(picture, self.quality, effort=self.effort, progress=progress)
+            encoded = codec.encode(picture, self.quality, tune=self.tune, effort=self.effort, progress=progress)
         else:
-            reached = codec.encode_to(picture, self.target, effort=self.effort, progress=progress)
+            reached = codec.encode_to(picture, self.target, tune=self.tune, effort=self.effort, progress=progress)
             encoded, quality = reached.data, reached.quality
             if not reached.met:
                 wanted, found = map(self.target.describe, (self.target.value, reached.value))

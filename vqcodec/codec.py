@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
@@ -19,7 +21,7 @@ from bitstream.walk import Grid
 from bitstream.weights import Weights
 from vqcodec import flat, memory
 from vqcodec.alpha import prepared
-from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, EFFORTS
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE, EFFORTS, TUNES, Tune
 from vqcodec.image import (
     Picture,
     Source,
@@ -33,6 +35,7 @@ from vqcodec.image import (
     to_pil,
     unpack_alpha,
 )
+from vqcodec.masking import visibility
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
 from vqcodec.models.tiling import Step, run_tiled
@@ -90,6 +93,7 @@ class Codec:
         image: "Image.Image | ArrayLike | Picture | Source",
         quality: float = DEFAULT_QUALITY,
         *,
+        tune: Tune = DEFAULT_TUNE,
         strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
@@ -97,15 +101,17 @@ class Codec:
         """Compress an image.
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture; or a picture file: its
-        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. strip: leave ICC, EXIF
-        and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
-        are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
-        progress: called with 0..1.
+        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. tune: what the picture is
+        to be near to the original in, "psnr", which is squared error, or "visual", what the eye sees, for about as many
+        bytes. strip: leave ICC, EXIF and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort:
+        0 to 3, from 1 on the latents are fitted to this very image: for more time smaller files at equal PSNR, or a
+        better picture in as many bytes. progress: called with 0..1.
         An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
-        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range.
+        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range or a tune
+        that there is not.
         """
         picture = picture_of(image)
-        return PictureEncoder(self, stripped(picture, strip), effort).encode(quality, progress)
+        return PictureEncoder(self, stripped(picture, strip), effort, tune).encode(quality, progress)
 
     def decode(
         self,
@@ -154,7 +160,8 @@ class Codec:
         grids = indices.pop(header, parts.grids[:1], told) if preview else indices.decode(parts, told)
         blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
         size = header.height, header.width
-        pixels = _pixels(self, grids, header.level - 1, size, header.colour, blocks, stages.next(PIXELS))
+        row = indices.weights.row(header)
+        pixels = _pixels(self, grids, row, size, header.colour, blocks, stages.next(PIXELS))
         icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
         return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
 
@@ -169,6 +176,7 @@ class Codec:
         image: "Image.Image | ArrayLike | Picture | Source",
         target: Target,
         *,
+        tune: Tune = DEFAULT_TUNE,
         strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
@@ -176,10 +184,10 @@ class Codec:
         """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
 
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
-        strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
+        tune, strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
         """
         picture = picture_of(image)
-        encoder = PictureEncoder(self, stripped(picture, strip), effort)
+        encoder = PictureEncoder(self, stripped(picture, strip), effort, tune)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)
@@ -207,11 +215,11 @@ class Codec:
         size that ``decode`` would refuse.
         """
         level, _ = self.level_for(quality)
-        Header(level + 1, width, height, ColourMode.RGB, self.fingerprint)  # which checks the size
+        header = Header(level + 1, width, height, ColourMode.RGB, self.fingerprint)  # which checks the size
         if excess := over_limit(width, height, max_pixels):
             raise LimitError(f"{excess}: raise it (--max-pixels)")
         memory.require(width, height)
-        return self._sample((height, width), level, [], seed, temperature)
+        return self._sample((height, width), self.indices.weights.row(header), [], seed, temperature)
 
     def sample_from(
         self, data: bytes, *, seed: int = 0, temperature: float = 1.0, max_pixels: int = DEFAULT_MAX_PIXELS
@@ -220,14 +228,12 @@ class Codec:
         header, payload = container.unpack_coarsest(data, max_pixels=max_pixels)
         memory.require(header.width, header.height)
         grids = self.indices.pop(header, [payload])
-        return self._sample((header.height, header.width), header.level - 1, grids, seed, temperature)
+        return self._sample((header.height, header.width), self.indices.weights.row(header), grids, seed, temperature)
 
-    def _sample(
-        self, size: tuple[int, int], level: int, grids: list[Grid], seed: int, temperature: float
-    ) -> Image.Image:
+    def _sample(self, size: tuple[int, int], row: int, grids: list[Grid], seed: int, temperature: float) -> Image.Image:
         """An image of size (H, W) from grids that are given, coarsest first, and others that are drawn."""
-        drawn = self.indices.sample(level, size, np.random.default_rng(seed), temperature, grids)
-        return Image.fromarray(_pixels(self, drawn, level, size, ColourMode.RGB))
+        drawn = self.indices.sample(row, size, np.random.default_rng(seed), temperature, grids)
+        return Image.fromarray(_pixels(self, drawn, row, size, ColourMode.RGB))
 
     def level_for(self, quality: float, level: int | None = None) -> tuple[int, float]:
         """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there.
@@ -262,7 +268,7 @@ class PictureEncoder:
     What the networks find before the first walk depends on the level alone: it is kept until another one is asked for.
     """
 
-    def __init__(self, codec: Codec, picture: Picture, effort: int = DEFAULT_EFFORT) -> None:
+    def __init__(self, codec: Codec, picture: Picture, effort: int = DEFAULT_EFFORT, tune: Tune = DEFAULT_TUNE) -> None:
         self.height, self.width = picture.pixels.shape[:2]
         if max(self.height, self.width) > MAX_SIDE:
             raise ImageError(
@@ -270,7 +276,9 @@ class PictureEncoder:
             )
         if not 0 <= effort < len(EFFORTS):
             raise ValueError(f"effort {effort} is not in 0..{len(EFFORTS) - 1}")
-        self.codec, self.picture = codec, prepared(picture)
+        if tune not in TUNES:
+            raise ValueError(f"tune {tune!r} is not one of {', '.join(TUNES)}")
+        self.codec, self.picture, self.visual = codec, prepared(picture), tune == "visual"
         self.size = self.height, self.width
         self.cells = codec.indices.weights.shape(0, *self.size)
         # Without rate the nearest codes are what was asked for.
@@ -281,21 +289,24 @@ class PictureEncoder:
         self.colour = picture.colour.equal if equal else picture.colour
         self.flat = flat.find(picture.pixels[..., : 1 if self.colour.one_plane else 3])
         self.grids: list[Grid] = []  # of the last file
-        self._level: int | None = None
+        self._row: int | None = None
         self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
 
     def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
         codec, model = self.codec, self.codec.model
         level, rate_weight = codec.level_for(quality, level)
+        header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)
+        row = codec.indices.weights.row(header)
         self.grids, payloads, context = [], [], None
         finest = len(model.codebooks) - 1
-        analysis = ANALYSIS if level != self._level else 0
+        analysis = ANALYSIS if row != self._row else 0
         coarse = finest * (COARSE_WALK + CONTEXT + LATENTS)
         stages = Stages(progress, analysis + coarse + self.steps * FIT_STEP + WALK)
         with _inference(codec.device):
-            self._analyse(level, stages.next(analysis))
-            number = _level(level, codec.device)
+            rate_weights = rate_weight / self._visibility
+            self._analyse(row, stages.next(analysis))
+            number = _number(row, codec.device)
             for k in range(len(model.codebooks)):
                 if k == 0:
                     z = self._found[0]
@@ -309,11 +320,12 @@ class PictureEncoder:
                     )
                 if k == finest:
                     if self.steps:
-                        z = self._fitted(z, context, rate_weight, stages.next(self.steps * FIT_STEP))
+                        z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
+                weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
                 told = stages.next(WALK if k == finest else COARSE_WALK)
-                grid, payload = codec.indices.encode(level, self.size, self.grids, latents, rate_weight, told)
+                grid, payload = codec.indices.encode(row, self.size, self.grids, latents, weights, told)
                 self.grids.append(grid)
                 payloads.append(payload)
                 if k < finest:
@@ -325,23 +337,22 @@ class PictureEncoder:
                         progress=stages.next(CONTEXT),
                     )
         picture = self.picture
-        header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint)
         checksum = container.checksum(header, self.grids, self.flat)
         optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
         return container.pack(Container(header, checksum, tuple(payloads), *optional))
 
     def decoded(self) -> NDArray[np.uint8]:
         """What the last file decodes to, (H, W, 3), without another walk."""
-        assert self._level is not None
-        return _pixels(self.codec, self.grids, self._level, self.size, self.colour, self.flat)
+        assert self._row is not None
+        return _pixels(self.codec, self.grids, self._row, self.size, self.colour, self.flat)
 
-    def _analyse(self, level: int, progress: Progress | None) -> None:
+    def _analyse(self, row: int, progress: Progress | None) -> None:
         """The networks' work on a level, unless it is at hand."""
-        if level == self._level:
+        if row == self._row:
             return
         codec, model = self.codec, self.codec.model
-        self._found, self._level = [], level
-        number = _level(level, codec.device)
+        self._found, self._row = [], row
+        number = _number(row, codec.device)
 
         def analyse(x: Tensor) -> list[Tensor]:
             return model.analyse(x.float() / 255, number)
@@ -352,20 +363,31 @@ class PictureEncoder:
         coarsest, *finer = codec.tiled(analyse, self.cells, self._padded(), progress=progress)
         self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
 
-    def _fitted(self, z: Tensor, context: Tensor | None, rate_weight: float, progress: Progress | None) -> Tensor:
+    def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
         model, finest = self.codec.model, len(self.grids)
-        assert self._level is not None
-        number = _level(self._level, self.codec.device)
+        assert self._row is not None
+        number = _number(self._row, self.codec.device)
 
-        def fit(x: Tensor, z: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
+        def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
             x = x.float() / 255
-            return [refine.refined_latents(model, x, z, context, number, rate_weight, self.steps, known)]
+            return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known)]
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
-        step = Step(fit, [self._padded(), z, context, *map(_tensor, self.grids)], model.config.halo(finest))
+        sources = [self._padded(), z, rate_weights, context, *map(_tensor, self.grids)]
+        step = Step(fit, sources, model.config.halo(finest))
         (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
         return z
+
+    @cached_property
+    def _visibility(self) -> Tensor:
+        """Weights of errors in the cells of the finest grid, (1, 1, h, w)."""
+        weights = self.codec.indices.weights
+        if not self.visual:
+            return torch.ones(1, 1, *weights.shape(len(weights.grids) - 1, *self.size))
+        stride = weights.grids[-1].stride
+        (found,) = self.codec.tiled(lambda x: [visibility(x, stride)], self.cells, self._padded())
+        return found
 
     def _padded(self) -> Tensor:
         """The pixels (1, 3, H, W), repeated at the edges up to whole cells."""
@@ -377,14 +399,14 @@ class PictureEncoder:
 def _pixels(
     codec: Codec,
     grids: Sequence[Grid],
-    level: int,
+    row: int,
     size: tuple[int, int],
     colour: ColourMode,
     blocks: bytes | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.uint8]:
-    """The image (H, W, 3), (H, W) = size, of index grids at a level (from 0) and the content of a flat chunk."""
-    pixels = _decode_pixels(codec, [_tensor(grid) for grid in grids], _level(level, codec.device), size, progress)
+    """The image (H, W, 3), (H, W) = size, of index grids at a row of the gains and the content of a flat chunk."""
+    pixels = _decode_pixels(codec, [_tensor(grid) for grid in grids], _number(row, codec.device), size, progress)
     if colour.one_plane:
         # The mean of the channels, rounded, in integers.
         pixels = ((2 * pixels.sum(2, keepdims=True, dtype=np.uint16) + 3) // 6).astype(np.uint8)
@@ -420,8 +442,9 @@ def _tensor(grid: Grid) -> Tensor:
     return torch.from_numpy(grid.astype(np.int32))[None]
 
 
-def _level(level: int, device: torch.device) -> Tensor:
-    return torch.tensor([level], dtype=torch.long, device=device)
+def _number(row: int, device: torch.device) -> Tensor:
+    """A row of the gains, as the networks take it for their level."""
+    return torch.tensor([row], dtype=torch.long, device=device)
 
 
 @contextmanager

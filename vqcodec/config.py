@@ -1,10 +1,13 @@
-"""What can be chosen: qualities, efforts, and the layouts of models by name. Knows no torch."""
+"""What can be chosen: qualities, tunes, efforts, and the layouts of models by name. Knows no torch."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 DEFAULT_QUALITY = 5.0
 DEFAULT_EFFORT = 1
+Tune = Literal["psnr", "visual"]  # what a picture is to be near to its original in: squared error, or what the eye sees
+TUNES: tuple[Tune, ...] = ("psnr", "visual")
+DEFAULT_TUNE: Tune = "psnr"
 
 # Quality levels 1..8: from about 0.1 to 1 bit per pixel on photographs, a factor of 1.75 in lambda between levels, of 2
 # before the last.
@@ -50,7 +53,8 @@ class ModelConfig:
     lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
     rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
     blocks: residual blocks per stage of either. grids: coarsest first. linear_path: a linear transform of pixel blocks
-    runs beside the networks.
+    runs beside the networks. banks: 2 if there is a row of gains and biases for each level of each tune, those for
+    squared error first, then those for the eye; 1 if both tunes share them.
     """
 
     name: str
@@ -60,6 +64,7 @@ class ModelConfig:
     grids: tuple[GridConfig, ...]
     linear_path: bool = False
     codebook: Learning = "ema"
+    banks: int = 1
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
@@ -71,6 +76,11 @@ class ModelConfig:
     @property
     def levels(self) -> int:
         return len(self.lambdas)
+
+    @property
+    def rows(self) -> int:
+        """Of gains and biases: what the networks call a level is the number of one of them."""
+        return self.levels * self.banks
 
     @property
     def stride(self) -> int:

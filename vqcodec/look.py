@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, features
 
 from bitstream.container import MAX_SIDE
 from vqcodec.codec import Codec
+from vqcodec.config import Tune
 from vqcodec.image import Bytes, Picture, stripped
 from vqcodec.metrics import psnr, ssimulacra2
 
@@ -48,7 +49,7 @@ def metrics() -> dict[str, Callable[[Bytes, Bytes], float | None]]:
     return found
 
 
-def compare(codec: Codec, picture: Picture, qualities: Sequence[float]) -> Iterator[list[Shown]]:
+def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tune) -> Iterator[list[Shown]]:
     """For each quality ours, then each rival that this Pillow has, as large as it can be without being larger.
 
     Pixels as one sees them: upright, in sRGB, without alpha.
@@ -56,9 +57,9 @@ def compare(codec: Codec, picture: Picture, qualities: Sequence[float]) -> Itera
     pixels = stripped(picture).pixels
     plain = Picture(pixels, picture.colour.opaque)
     for quality in qualities:
-        data = codec.encode(plain, quality)
+        data = codec.encode(plain, quality, tune=tune)
         decoded = codec.decode_picture(data, max_pixels=MAX_SIDE**2).pixels
-        row = [_shown(f"vq2, quality {quality:g}", pixels, _file(decoded, "PNG"), "png", len(data))]
+        row = [_shown(f"vq2, quality {quality:g}, tune {tune}", pixels, _file(decoded, "PNG"), "png", len(data))]
         for name, (feature, options) in RIVALS.items():
             if features.check(feature):
                 best, file = _nearest(pixels, name, options, len(data))

@@ -11,9 +11,8 @@ do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its previ
 ``image.draft(None, size)``, which ``Image.thumbnail`` calls, makes the image a quarter as large, from the preview
 alone, if that is not smaller than the size.
 
-Options of ``save``: quality, effort and strip, as in ``vqcodec.encode``; icc_profile, exif
-and xmp, as in Pillow's other formats, instead of the image's own, None for none. What the format cannot hold is a
-warning.
+Options of ``save``: quality, tune, effort and strip, as in ``vqcodec.encode``; icc_profile, exif and xmp, as in Pillow's
+other formats, instead of the image's own, None for none. What the format cannot hold is a warning.
 """
 
 import warnings
@@ -25,7 +24,7 @@ import vqcodec
 from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import BitstreamError, DamagedError
-from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE
 from vqcodec.image import EXIF_PREFIX, checked_exif, from_pil
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
@@ -106,8 +105,8 @@ def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     for note in picture.notes:
         warnings.warn(note, stacklevel=4)  # the caller of Image.save
     quality, strip = options.get("quality", DEFAULT_QUALITY), options.get("strip", False)
-    effort = options.get("effort", DEFAULT_EFFORT)
-    file.write(vqcodec.encode(picture, quality, strip=strip, effort=effort))
+    effort, tune = options.get("effort", DEFAULT_EFFORT), options.get("tune", DEFAULT_TUNE)
+    file.write(vqcodec.encode(picture, quality, tune=tune, strip=strip, effort=effort))
 
 
 Image.register_open(Vq2ImageFile.format, Vq2ImageFile, lambda prefix: prefix.startswith(container.MAGIC))

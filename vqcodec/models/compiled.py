@@ -92,17 +92,16 @@ def _log2_sum(row):  # type: ignore[no-untyped-def]
 
 @_kernel
 def choose(  # type: ignore[no-untyped-def]
-    z, null, active, place, logits, source, vectors, weight, escape, gradient, index, chosen, rate
+    z, null, active, place, logits, source, vectors, weights, escape, gradient, index, chosen, rate
 ):
     """The choice of ``Codebook.choose`` for some rows, in their places.
 
     z: (places, d) float32; null, active: (places,) float32; place: (n,) int64, the rows; logits: (m, N) float32, of
-    which a row's are at source (n,) int64; vectors: (M, d, K) float32. Filled at the places: index (places,) int64 and
+    which a row's are at source (n,) int64; vectors: (M, d, K) float32; weights: (cells,) float32. Filled at the places: index (places,) int64 and
     chosen (places, d), where it is not null, and with gradient rate (places, d).
     """
     groups, dim, codes = vectors.shape
     cells, outcomes = len(z) // groups, logits.shape[1]
-    weight = np.float32(weight)
     norm = np.zeros((groups, codes), np.float32)
     for g in range(groups):
         for j in range(dim):
@@ -112,7 +111,7 @@ def choose(  # type: ignore[no-untyped-def]
     point = np.zeros(dim, np.float32)
     for r in range(len(place)):
         p = place[r]
-        g = p // cells
+        g, weight = p // cells, weights[p % cells]
         x, row = z[p], logits[source[r]]
         total = _log2_sum(row)
         for k in range(codes):

@@ -113,9 +113,9 @@ class Codebook(nn.Module):
         return torch.log2(p / p.sum(-1, keepdim=True))
 
     @torch.no_grad()
-    def guess(self, z: Tensor, level: Tensor, weight: float) -> Tensor:
+    def guess(self, z: Tensor, level: Tensor, weight: Tensor) -> Tensor:
         """Indices (M, cells) of latents z (M, cells, d) by distance and the frequencies of the codes at the levels,
-        (cells,), without the prior."""
+        (cells,), without the prior; weight: as in ``choose``."""
         usage = self.log2_usage()
         null = -usage[..., 0].t()[:, level]
         active = -usage[..., 1:].exp2().sum(-1).log2().t()[:, level]
@@ -130,12 +130,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def choose(
-        self, z: Tensor, null: Tensor, active: Tensor, logits: Logits, weight: float, gradient: bool = False
+        self, z: Tensor, null: Tensor, active: Tensor, logits: Logits, weight: Tensor, gradient: bool = False
     ) -> Choice:
         """The indices of least |z - e|^2 + weight * bits.
 
         z: (M, cells, d); null, active: (M, cells), the bits of a null flag and of its opposite; logits: asked for the
-        rows where null is not sure to win.
+        rows where null is not sure to win; weight: (cells,).
         gradient: with the rate's gradient, that of the expected bits of indices drawn from q = softmax(-cost):
         d/dz sum_k q_k r_k = 2 sum_k q_k (r_k - mean r) e_k. It is 0 where null is sure to win.
         """
@@ -151,14 +151,14 @@ class Codebook(nn.Module):
         rows: Rows,
         table: Tensor,
         at: Tensor,
-        weight: float,
+        weight: Tensor,
         gradient: bool,
     ) -> Choice:
         choice = Choice(torch.zeros(z.shape[:2], dtype=torch.long), torch.zeros(z.shape), torch.zeros(z.shape))
         given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
         vectors = self.vectors.detach().mT.contiguous().numpy()
         compiled.choose(
-            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight, self.escape, gradient,
+            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight.numpy(), self.escape, gradient,
             *(x.flatten(0, 1).numpy() for x in choice),
         )  # fmt: skip
         return choice
@@ -171,12 +171,13 @@ class Codebook(nn.Module):
         rows: Rows,
         table: Tensor,
         at: Tensor,
-        weight: float,
+        weight: Tensor,
         gradient: bool,
     ) -> Choice:
         x, e, cells = take(z.flatten(0, 1), rows.place), self.vectors.detach(), z.shape[1]
         log_p = torch.log_softmax(table.index_select(0, at).float().mul_(LN2), 1)
         null, active = take(null.flatten(), rows.place), take(active.flatten(), rows.place)
+        weight = weight[rows.place % cells]
         # Minus the costs, because a softmax follows, up to a constant of each row: |z|^2 and the bits of the flag.
         merit_null = weight * (active - null)
         merit = nearness(x, e, rows, cells)
@@ -186,7 +187,7 @@ class Codebook(nn.Module):
             far = (x - ESCAPE_STEP * point).pow(2).sum(-1) - x.pow(2).sum(-1)
             merit = torch.cat([merit, -far[:, None]], 1)
             log_p[:, -1] -= self.dim * ESCAPE_BITS * LN2
-        merit.add_(log_p, alpha=weight / LN2)
+        merit.addcmul_(log_p, weight[:, None], value=1 / LN2)
         best = merit.argmax(1)
         most = merit.gather(1, best[:, None])[:, 0]
         index = torch.where(most > merit_null, best + 1, 0)

@@ -36,27 +36,30 @@ def refined_latents(
     z: Tensor,
     context: Tensor | None,
     level: Tensor,
-    rate_weight: float,
+    rate_weights: Tensor,
     steps: int,
     known: Sequence[Tensor],
 ) -> Tensor:
     """Latents (1, M * d, h, w) of the finest grid, better ones than z.
 
-    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weight: factor on the rates; known:
+    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the rates; known:
     indices (1, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid`` makes of them.
     The model's parameters must not require gradients.
     """
     # What was made in inference mode cannot take part in a backward pass.
-    x, z, level, known = x.clone(), z.clone(), level.clone(), [indices.clone() for indices in known]
+    x, z, level, rate_weights = x.clone(), z.clone(), level.clone(), rate_weights.clone()
+    known = [indices.clone() for indices in known]
     context = None if context is None else context.clone()
-    bits = model.config.lambdas[int(level)] * 255**2 / x.shape[1]  # of a squared error of 1 in one sample
+    bits = (
+        model.config.lambdas[int(level) % model.config.levels] * 255**2 / x.shape[1]
+    )  # of a squared error of 1 in one sample
     finest = len(known)
     condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
     for step in range(steps):
         if step == 0:
-            indices = model.guess(finest, z, level, rate_weight)
+            indices = model.guess(finest, z, level, rate_weights)
         else:
-            indices, _, _ = model.quantize(finest, z, condition, level, rate_weight)
+            indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         # The step needs no more than a few digits of the gradient.
         with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):

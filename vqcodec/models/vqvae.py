@@ -91,7 +91,7 @@ class VQVAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        levels, blocks, widths = config.levels, config.blocks, config.channels
+        levels, blocks, widths = config.rows, config.blocks, config.channels
         strides = [STEM * 2**k for k in range(len(widths))]
         if strides[-1] != config.stride:
             raise ValueError(f"{config.name}: stages of stride {strides}, coarsest grid of stride {config.stride}")
@@ -107,7 +107,7 @@ class VQVAE(nn.Module):
         self.join = nn.ModuleDict()
         for k, grid in enumerate(config.grids):
             c, width = widths[strides.index(grid.stride)], grid.groups * grid.dim
-            self.latents.append(Latent(c, width, config.lambdas))
+            self.latents.append(Latent(c, width, config.lambdas * config.banks))
             self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), ResBlock(c)) if k else nn.Identity())
             self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, grid.escape, config.codebook))
             above = config.grids[k - 1].groups * config.grids[k - 1].dim if k else 0
@@ -212,10 +212,15 @@ class VQVAE(nn.Module):
         b, _, h, w = indices.shape
         return stack(book.activations(book.lookup(indices.transpose(0, 1).flatten(1)), b, h, w), level)
 
-    def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float) -> Tensor:
-        """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes, without the prior."""
+    def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float | Tensor) -> Tensor:
+        """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes, without the prior.
+
+        rate_weight: one for all cells, or one for each, (B, 1, h, w).
+        """
         b, _, h, w = z.shape
-        index = self.codebooks[k].guess(self.codebooks[k].split(z), level.repeat_interleave(h * w), rate_weight)
+        index = self.codebooks[k].guess(
+            self.codebooks[k].split(z), level.repeat_interleave(h * w), _by_cell(rate_weight, z)
+        )
         return index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
 
     def forward(self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None) -> Output:
@@ -277,26 +282,29 @@ class VQVAE(nn.Module):
         return torch.where(outcome == 0, null, active), outcomes
 
     def quantize(
-        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float
+        self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,)."""
+        """Indices (B, M, h, w), code vectors with straight-through gradient (B, M * d, h, w), penalty (B,).
+
+        rate_weight: as in ``guess``.
+        """
         book, prior = self.codebooks[k], self.priors[k]
         b, _, h, w = z.shape
         v = book.split(z)
-        values, cell_level = v.detach(), level.repeat_interleave(h * w)
+        values, cell_level, weight = v.detach(), level.repeat_interleave(h * w), _by_cell(rate_weight, z)
         if book.training and not book.initialised:
             book.initialise(values)
         with torch.no_grad():
-            guess = book.guess(values, cell_level, rate_weight)
+            guess = book.guess(values, cell_level, weight)
             flags, known = prior(book.activations(book.lookup(guess), b, h, w), level, condition)
             null, active = flag_bits(flags)
 
             def prior_logits(rows: Rows) -> tuple[Tensor, Tensor]:
                 return prior.logits(known, level, rows), torch.arange(len(rows.place), device=z.device)
 
-            choice = book.choose(values, null, active, prior_logits, rate_weight, book.training)
+            choice = book.choose(values, null, active, prior_logits, weight, book.training)
         # The second term is zero but for its gradient.
-        loss = COMMITMENT * (v - choice.vectors).pow(2) + rate_weight * (v - values) * choice.rate_gradient
+        loss = COMMITMENT * (v - choice.vectors).pow(2) + weight[:, None] * (v - values) * choice.rate_gradient
         if book.learning == "loss":
             loss = loss + (values - book.lookup(choice.indices)).pow(2)
         penalty = loss.unflatten(1, (b, h * w)).sum((0, 2, 3))
@@ -304,3 +312,10 @@ class VQVAE(nn.Module):
             book.update(values, choice, cell_level)
         index = choice.indices.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
         return index, book.join(v + (choice.vectors - v).detach(), b, h, w), penalty
+
+
+def _by_cell(weight: float | Tensor, z: Tensor) -> Tensor:
+    """Rate weights as the codebooks take them, (B h w,), of latents z (B, M * d, h, w)."""
+    if isinstance(weight, Tensor):
+        return weight.flatten()
+    return z.new_full((len(z) * z.shape[2] * z.shape[3],), weight, dtype=torch.float32)
