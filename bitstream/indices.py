@@ -93,9 +93,9 @@ class IndexCoder:
     ) -> tuple[Grid, bytes]:
         """The next finer grid of an image and its payload.
 
-        row: as of ``Weights.row``; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d). The indices
-        are those of least |z - e|^2 + rate_weight * bits, one after the other; rate_weights: one for all cells, or one
-        for each, (h, w). ValueError for latents that are not finite.
+        row: as of ``Weights.row``; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d);
+        rate_weights: one for all cells, or one for each, (h, w). The indices are those of least |z - e|^2 + rate_weight
+        * bits, one after the other. ValueError for latents that are not finite.
         """
         k = len(grids)
         counter = Counter(progress, self._indices(k, size))

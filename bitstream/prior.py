@@ -1,4 +1,4 @@
-"""A prior made ready to code a grid at one level of one tune: the integers of a weights file, laid out for the kernels."""
+"""A prior made ready to code a grid at one level and tune: the integers of a weights file, laid out for the kernels."""
 
 from typing import Any
 

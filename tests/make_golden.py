@@ -193,6 +193,8 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
         "header-level-0": patched(good, 5, b"\0"),
         "header-level-the-model-has-not": patched(good, 5, b"\4"),
         "header-level-changed": patched(good, 5, b"\1"),
+        "header-level-0-visual": patched(good, 5, b"\x80"),
+        "header-tune-changed": patched(good, 5, b"\x82"),
         "header-colour-4": patched(good, 6, b"\4"),
         "header-colour-6": patched(good, 6, b"\6"),
         "header-colour-8": patched(good, 6, b"\x08"),
@@ -285,6 +287,7 @@ def main() -> None:
         return path
 
     files = {name: codec.encode(picture, quality) for name, (picture, quality) in pictures().items()}
+    files["photo-visual"] = codec.encode(*pictures()["photo-level-2"], tune="visual")
     lines = []
     for name, data in {**files, "padded": padded(codec, 4096, 32)}.items():
         path = keep("decode", name, data)

@@ -39,10 +39,10 @@ def random_weights(grids: list[dict[str, Any]] = TINY, levels: int = 2, seed: in
 
 def random_tensors(config: dict[str, Any], seed: int = 0, active: float = 0.0) -> Tensors:
     rng = np.random.default_rng(seed)
-    levels, grids = _configured(config)
+    levels, banks, grids = _configured(config)
     tensors: Tensors = {}
     for k, grid in enumerate(grids):
-        for name, layer in layers(grids, k, levels):
+        for name, layer in layers(grids, k, levels * banks):
             # Sums of about the size of one activation's range: nothing is always clipped, nothing always zero.
             weight = rng.integers(-127, 128, (layer.outputs, layer.inputs))
             weight[rng.random(weight.shape) < 0.5] = 0

@@ -621,6 +621,7 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
         "height": HEIGHT,
         "mode": "RGB",
         "level": 2,
+        "tune": "psnr",
         "bpp": round(8 * len(vq2) / (WIDTH * HEIGHT), 4),
         "fingerprint": vq2[13:21].hex(),
     }
@@ -648,6 +649,13 @@ def test_info_tells_camera_date_and_profile_and_which_grid_is_which(encode: Comm
     for line in ("camera +Maker X\\?\\[2J", "date +2024-05-01 10:30:00", "profile +sRGB built-in"):
         assert re.search(f"^ *{line} *$", out, re.MULTILINE), out
     assert re.search(r"grid1 .* bytes, top: ", out) and re.search(r"grid2 .* bytes, bottom: ", out)
+
+
+def test_the_tune_is_that_of_the_file(here: Path, encode: Command, vq2: bytes) -> None:
+    succeeded(encode("-q", "2", "--tune", "visual", "photo.png", "-o", "eye.vq2"))
+    assert json.loads(run("info", "--json", "eye.vq2").stdout)["tune"] == "visual"
+    assert "tune visual" in succeeded(run("info", "eye.vq2")).stdout
+    assert "'ear' is not one of 'psnr', 'visual'" in encode("--tune", "ear", "photo.png").stderr
 
 
 @pytest.mark.parametrize("exif, icc", [(b"II*\0", b"no"), (b"MM\0*\0\0\0\x08\xff\xff", b"\0" * 200), (b"", None)])

@@ -91,7 +91,7 @@ def test_a_killed_worker_loses_nothing(
     tmp_path: Path, photos: Path, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vqcodec.cluster.RETRIES", 1)  # new workers take seconds
-    encode_one, marks = Encode(2, None, strip=False, effort=0, max_pixels=10**6), tmp_path / "marks"
+    encode_one, marks = Encode(2, None, tune="psnr", strip=False, effort=0, max_pixels=10**6), tmp_path / "marks"
     marks.mkdir()
 
     def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Made:

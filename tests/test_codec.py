@@ -19,10 +19,12 @@ from bitstream import container, rans
 from bitstream.container import Container, Header
 from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
 from vqcodec.codec import Codec, PictureEncoder
-from vqcodec.config import EFFORTS, GridConfig, ModelConfig, PriorConfig
+from vqcodec.config import EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
 from vqcodec.image import from_pil, read
+from vqcodec.metrics import psnr
 from vqcodec.models import refine, tiling
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.training.trainer import with_two_banks
 from vqcodec.weights import load_weights, save_weights
 
 TABLE = [line.split() for line in (GOLDEN / "decode.txt").read_text().splitlines()]
@@ -356,6 +358,45 @@ def cost(codec: Codec, effort: int) -> float:
     data = codec.encode(image, 2, effort=effort)
     error = np.square(np.asarray(codec.decode(data), float) - np.asarray(image, float)).mean()
     return codec.model.config.lambdas[1] * error + 8 * len(data) / (image.width * image.height)
+
+
+def texture_beside_a_slope() -> Image.Image:
+    pixels = np.tile(np.linspace(90, 160, 128)[:, None, None], (1, 128, 3))
+    pixels[:, 64:] += np.random.default_rng(0).normal(0, 25, (128, 64, 1))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("effort", [0, 2])
+def test_for_the_eye_bits_go_from_texture_to_flat_parts(codec: Codec, effort: int) -> None:
+    def share(tune: Tune) -> float:
+        _, (_, bits) = codec.examine(codec.encode(texture_beside_a_slope(), 2, tune=tune, effort=effort))
+        return float(bits[..., : bits.shape[2] // 2].sum() / bits.sum())
+
+    assert share("visual") > 1.01 * share("psnr")
+
+
+def test_an_unknown_tune_is_refused(codec: Codec) -> None:
+    with pytest.raises(ValueError, match="'ear' is not one of psnr, visual"):
+        codec.encode(Image.open(PHOTO), 2, tune="ear")  # type: ignore[arg-type]
+
+
+def test_a_bank_for_the_eye_leaves_the_other_one_as_it_is(codec: Codec) -> None:
+    grown = with_two_banks(load_weights(WEIGHTS))
+    for latent in grown.latents:  # a finer choice at each level for the eye
+        latent.log_gain.data[3:] += 0.7
+        latent.log_inverse.data[3:] -= 0.7
+        latent.null.data[3:] *= 2
+    two, photo = Codec(grown, "cpu"), Image.open(PHOTO)
+    files = {(c, tune): c.encode(photo, 2, tune=tune) for c in (codec, two) for tune in TUNES}
+    grids = {key: [grid for grid, _ in key[0].examine(data)] for key, data in files.items()}
+
+    def same(a: tuple[Codec, Tune], b: tuple[Codec, Tune]) -> bool:
+        return all(map(np.array_equal, grids[a], grids[b]))
+
+    assert same((codec, "psnr"), (two, "psnr")) and not same((codec, "visual"), (two, "visual"))
+    assert codec.decode(files[codec, "psnr"]).tobytes() == two.decode(files[two, "psnr"]).tobytes()
+    coarse, fine = (psnr(np.array(photo), np.array(two.decode(files[two, tune]))) for tune in TUNES)
+    assert fine > coarse + 0.3
 
 
 def test_an_effort_out_of_range_is_refused(codec: Codec) -> None:

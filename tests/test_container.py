@@ -106,6 +106,12 @@ def test_the_header_is_as_specified() -> None:
     assert "A file is a header of 25 bytes" in (spec.__doc__ or "")
 
 
+def test_the_tune_is_the_high_bit_of_the_level() -> None:
+    visual = dataclasses.replace(HEADER, visual=True)
+    data = pack(dataclasses.replace(RGB, header=visual))
+    assert data[5] == 128 + HEADER.level and unpack(data).header == visual
+
+
 def test_a_header_field_out_of_range_is_refused_as_specified() -> None:
     elsewhere = {"height": "LimitError", "fingerprint": "ModelMismatchError", "checksum": "DamagedError"}
     wrong = {"magic": b"\x89PNG", "version": b"\1", "level": b"\0", "colour": b"\4", "width": b"\xff" * 3}
@@ -445,7 +451,7 @@ def test_verify_names_both_checksums() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("level", 0), ("level", 256), ("width", 0), ("height", 0), ("width", 2**24 + 1), ("fingerprint", b"")],
+    [("level", 0), ("level", 128), ("width", 0), ("height", 0), ("width", 2**24 + 1), ("fingerprint", b"")],
 )
 def test_a_header_out_of_range_cannot_be_made(field: str, value: Any) -> None:
     with pytest.raises(ValueError) as caught:

@@ -71,6 +71,7 @@ def test_save_round_trip(codec: Codec, tmp_path: Path) -> None:
         error = np.abs(np.asarray(image, int) - np.asarray(original, int)).mean()
     assert error < 15
     assert saved(original, effort=2) == codec.encode(original, 2, effort=2) != saved(original, effort=0)
+    assert saved(original, tune="visual") == codec.encode(original, 2, tune="visual")
     assert len(saved(original, quality=1)) < len(saved(original, quality=3))
 
 

@@ -28,7 +28,8 @@ def make_book(learning: str = "ema", escape: bool = True, seed: int = 0) -> Code
 def nearest(book: Codebook, z: Tensor) -> Choice:
     """Without rate; the outcome that is not null is never wrong about itself."""
     bits = torch.zeros(z.shape[:2])
-    return book.choose(z, bits, bits, lambda rows: (torch.zeros(1, book.outcomes), torch.zeros_like(rows.place)), 0.0)
+    logits = torch.zeros(1, book.outcomes)
+    return book.choose(z, bits, bits, lambda rows: (logits, torch.zeros_like(rows.place)), torch.zeros(z.shape[1]))
 
 
 def everything(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,12 +50,13 @@ def test_the_choice_has_the_least_cost_of_all(seed: int, escape: bool, weight: f
     null, active = flag_bits(2 * torch.randn(GROUPS, CELLS))
     table = torch.randn(GROUPS, CELLS, book.outcomes).log_softmax(-1) / math.log(2)
     logits = table + torch.randn(GROUPS, CELLS, 1)  # a constant changes nothing
-    choice = book.choose(z, null, active, lambda rows: (logits.flatten(0, 1), rows.place), weight)
+    weights = weight * (0.5 + torch.rand(CELLS))
+    choice = book.choose(z, null, active, lambda rows: (logits.flatten(0, 1), rows.place), weights)
     _, distance = everything(book, z)
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
     if escape:
         bits[..., -1] += 2 * math.log2(ESCAPE_SIDE)
-    cost = distance + weight * bits
+    cost = distance + weights[:, None] * bits
     found = cost.gather(-1, book.outcome(choice.indices)[..., None])[..., 0]
     torch.testing.assert_close(found, cost.amin(-1), rtol=1e-4, atol=1e-3)
     assert torch.equal(choice.vectors, book.lookup(choice.indices))
@@ -64,12 +66,13 @@ def test_the_choice_has_the_least_cost_of_all(seed: int, escape: bool, weight: f
 @pytest.mark.parametrize("escape", [False, True])
 def test_the_compiled_choice_is_that_of_torch(escape: bool, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
     book = make_book(escape=escape)
+    weights = weight * torch.rand(CELLS)
     z = (torch.randn(CELLS, GROUPS, 2) * 4).transpose(0, 1)  # as it lies in a channels-last tensor
     null, active = flag_bits(torch.randn(CELLS, GROUPS).t())
     logits = torch.randn(GROUPS * CELLS, book.outcomes)
-    compiled = book.choose(z, null, active, lambda rows: (logits, rows.place), weight, True)
+    compiled = book.choose(z, null, active, lambda rows: (logits, rows.place), weights, True)
     monkeypatch.setattr(book, "_choose_compiled", book._choose)
-    plain = book.choose(z, null, active, lambda rows: (logits, rows.place), weight, True)
+    plain = book.choose(z, null, active, lambda rows: (logits, rows.place), weights, True)
     assert torch.equal(compiled.indices, plain.indices) and torch.equal(compiled.vectors, plain.vectors)
     torch.testing.assert_close(compiled.rate_gradient, plain.rate_gradient, rtol=1e-3, atol=1e-3)
 
@@ -84,7 +87,7 @@ def test_a_latent_that_no_code_is_near_goes_to_the_lattice_and_back() -> None:
 
 
 def test_the_rate_gradient_is_that_of_the_expected_rate() -> None:
-    book, weight = make_book(), 1.0
+    book, weight = make_book(), torch.ones(CELLS)
     z = torch.randn(GROUPS, CELLS, 2) * 4
     null, active = flag_bits(torch.randn(GROUPS, CELLS))
     table = torch.randn(GROUPS, CELLS, book.outcomes).log_softmax(-1) / math.log(2)
@@ -93,7 +96,7 @@ def test_the_rate_gradient_is_that_of_the_expected_rate() -> None:
     bits = torch.cat([null[..., None], active[..., None] - table], -1)
     bits[..., -1] += 2 * math.log2(ESCAPE_SIDE)
     moved = z.clone().requires_grad_()
-    cost = (moved[:, :, None] - vectors).pow(2).sum(-1) + weight * bits
+    cost = (moved[:, :, None] - vectors).pow(2).sum(-1) + bits
     (expected,) = torch.autograd.grad((torch.softmax(-cost, -1) * bits).sum(), moved)
     sure = z.pow(2).sum(-1) + weight * null <= weight * active
     assert 0 < sure.sum() < sure.numel() and not choice.rate_gradient[sure].any()
@@ -105,7 +108,7 @@ def test_without_the_prior_frequent_codes_are_preferred() -> None:
     book.usage.fill_(1e-6)
     book.usage[0, :, 0], book.usage[1, :, 3] = 1.0, 1.0
     z = torch.zeros(GROUPS, CELLS, 2) + book.vectors[:, None, 2] / 2  # between null and a code
-    index = book.guess(z, LEVEL, 100.0)
+    index = book.guess(z, LEVEL, torch.full((CELLS,), 100.0))
     assert index[:, LEVEL == 0].unique().tolist() == [0] and index[:, LEVEL == 1].unique().tolist() == [3]
 
 

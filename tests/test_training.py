@@ -26,6 +26,7 @@ from vqcodec.training.trainer import (
     Stage,
     Sums,
     crops_at,
+    in_banks,
     learning_rate,
     levels_for,
     optimizers,
@@ -107,7 +108,22 @@ def test_the_joint_stage_starts_from_weights_with_the_full_rate(images: Path, tm
     assert rows(tmp_path / "r")[0]["psnr"] > 18  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "prior", "joint"])
+def test_the_visual_stage_changes_nothing_but_the_rows_of_its_bank(images: Path, tmp_path: Path) -> None:
+    before, after = load_weights(WEIGHTS), train(run(images, tmp_path / "r", stage="visual", start=WEIGHTS), quiet)
+    assert after.config == replace(before.config, banks=2)
+    for name, value in before.state_dict().items():
+        new = after.state_dict()[name]
+        assert torch.equal(new[: len(value)], value)
+        learned = not torch.equal(new[-len(value) :], value)
+        grown = len(new) == 2 * len(value)
+        assert grown == (in_banks(name) or name.endswith(".usage"))
+        assert grown >= learned
+        assert learned or not name.endswith(("log_gain", "log_inverse", ".usage"))
+    again = train(run(images, tmp_path / "s", stage="visual", start=tmp_path / "r" / "model.safetensors"), quiet)
+    assert again.config == after.config
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "prior", "joint", "visual"])
 def test_the_rate_ramps_up_in_the_first_stage_only(stage: Stage) -> None:
     start, end = rate_weight(stage, 0, TINY), rate_weight(stage, 10_000, TINY)
     assert (start, end) == (0.0 if stage == "vqvae" else 1.0, 1.0)
@@ -115,9 +131,9 @@ def test_the_rate_ramps_up_in_the_first_stage_only(stage: Stage) -> None:
 
 
 def test_the_learning_rate_warms_up_holds_and_falls() -> None:
-    assert learning_rate(0.0, 0) < 0.01
-    assert learning_rate(0.5, 10_000) == 1.0
-    assert learning_rate(1.0, 10_000) < 0.05
+    assert learning_rate(0.0, 0, "joint") < 0.01
+    assert learning_rate(0.5, 10_000, "joint") == learning_rate(0.5, 100, "visual") == 1.0
+    assert learning_rate(1.0, 10_000, "joint") < 0.05
 
 
 def test_a_batch_holds_every_level_as_often_as_it_can() -> None:

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from random_weights import TINY, Tensors
 
-from bitstream import kernels, products, walk
-from bitstream.container import ColourMode, Header
+from bitstream import container, indices, kernels, products, walk
+from bitstream.container import ColourMode, Container, Header
 from bitstream.errors import DamagedError, WeightsError
 from bitstream.exact import TABLE_TOTAL, lanes
 from bitstream.indices import IndexCoder
@@ -43,12 +43,12 @@ def latents(coder: IndexCoder, size: tuple[int, int], k: int, seed: int) -> NDAr
 
 
 def encode(
-    coder: IndexCoder, size: tuple[int, int], seed: int = 0, rate_weight: float = 0.7
+    coder: IndexCoder, size: tuple[int, int], seed: int = 0, rate_weight: float = 0.7, row: int = LEVEL
 ) -> tuple[list[Grid], list[bytes]]:
     grids: list[Grid] = []
     payloads = []
     for k in range(len(coder.weights.grids)):
-        grid, payload = coder.encode(LEVEL, size, grids, latents(coder, size, k, seed), rate_weight)
+        grid, payload = coder.encode(row, size, grids, latents(coder, size, k, seed), rate_weight)
         grids.append(grid)
         payloads.append(payload)
     return grids, payloads
@@ -95,6 +95,20 @@ def test_the_reference_decoder_reads_what_the_walk_writes(size: tuple[int, int],
         shape = weights.shape(k, *size)
         indices, codes = reference_decoder.decode_grid(reference, k, LEVEL, shape, given, payload)
         assert np.array_equal(indices, grids[k])
+
+
+@pytest.mark.parametrize("visual", [False, True])
+@pytest.mark.parametrize("banks", [1, 2])
+def test_a_tune_has_biases_of_its_own_if_the_model_has(banks: int, visual: bool) -> None:
+    config, size = {"lambdas": [0.01] * 2, "grids": TINY, "banks": banks}, (40, 24)
+    weights = Weights(config, random_weights.random_tensors(config))
+    header = Header(LEVEL + 1, size[1], size[0], ColourMode.RGB, weights.fingerprint, visual)
+    row = weights.row(header)
+    assert row == LEVEL + (2 if banks == 2 and visual else 0)
+    grids, payloads = encode(IndexCoder(weights), size, row=row)
+    data = container.pack(Container(header, container.checksum(header, grids), tuple(payloads)))
+    assert same(indices.decode(data, weights), grids)
+    assert same(reference_decoder.decode(data, reference_decoder.read_weights(to_file(config, weights.tensors))), grids)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 127, 128, 255, 256, 10**6])
@@ -172,6 +186,20 @@ def test_without_rate_the_nearest_vector_is_chosen(coder: IndexCoder) -> None:
             distance = np.square(x[..., None, :] - table).sum(-1)
             chosen = np.take_along_axis(distance, grid[g][..., None].astype(np.int64), -1)[..., 0]
             assert np.allclose(chosen, distance.min(-1), atol=1e-3)
+
+
+def test_a_cell_is_chosen_by_its_own_rate_weight(coder: IndexCoder) -> None:
+    size = 80, 60
+    shape = coder.weights.shape(0, *size)
+    dear = np.zeros(shape)
+    dear[:, shape[1] // 2 :] = 3
+    z = latents(coder, size, 0, seed=0)
+    mixed, _ = coder.encode(LEVEL, size, [], z, dear)
+    cheap, payload = coder.encode(LEVEL, size, [], z, 0)
+    assert same([mixed[:, :, : shape[1] // 2]], [cheap[:, :, : shape[1] // 2]])  # the nearest, whatever it costs
+    left, right = np.split(np.count_nonzero(mixed, (0, 1)) / np.count_nonzero(cheap, (0, 1)), 2)
+    assert left.min() == 1 and right.max() < 1
+    assert coder.encode(LEVEL, size, [], z, np.zeros(shape))[1] == payload
 
 
 def test_a_higher_rate_weight_costs_less_and_is_further_away(coder: IndexCoder) -> None:
@@ -469,7 +497,7 @@ def test_a_damaged_cache_is_compiled_afresh(tmp_path: Path) -> None:
 
 
 def changed(**fields: Any) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(json.dumps({"lambdas": [0.01] * 2, "grids": TINY}))
+    config: dict[str, Any] = json.loads(json.dumps({"lambdas": [0.01] * 2, "grids": TINY, "banks": 1}))
     grid = config["grids"][0]
     for name, value in fields.items():
         if name in config:
@@ -482,6 +510,9 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 WRONG: list[dict[str, Any]] = [
+    {"banks": 0},
+    {"banks": 3},
+    {"banks": True},
     {"grids": []},
     {"grids": None},
     {"grids": [{}]},

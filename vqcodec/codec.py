@@ -101,11 +101,11 @@ class Codec:
         """Compress an image.
 
         image: PIL image of any mode, uint8 array (H, W), (H, W, 3) or (H, W, 4), or Picture; or a picture file: its
-        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. tune: what the picture is
-        to be near to the original in, "psnr", which is squared error, or "visual", what the eye sees, for about as many
-        bytes. strip: leave ICC, EXIF and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort:
-        0 to 3, from 1 on the latents are fitted to this very image: for more time smaller files at equal PSNR, or a
-        better picture in as many bytes. progress: called with 0..1.
+        path, its bytes, or an open file. quality: 1 (smallest) to 8 (best), fractions allowed. tune: what about as
+        many bytes are spent on, least squared error ("psnr"), or what the eye sees ("visual"). strip: leave ICC, EXIF
+        and XMP out; "keep-icc" all but the ICC profile, "gps" the location alone. effort: 0 to 3, from 1 on the latents
+        are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
+        progress: called with 0..1.
         An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range or a tune
         that there is not.

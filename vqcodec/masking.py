@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-# Along the errors of files of qualities 2, 5 and 7, what an error costs by SSIMULACRA 2 falls about as (variance + 60) to
-# the power of -0.5. A part of that is best: the more, the lower is the PSNR, and Butteraugli does not agree with all of it.
+# What an error costs by SSIMULACRA 2 falls about as (variance + 60)^-0.5, measured along the errors of files. Less than
+# that is taken: it costs PSNR, and Butteraugli does not agree with the whole of it.
 STRENGTH = 0.2
 FLOOR = 60.0  # of the variance, in squared grey levels
 REFERENCE = (
@@ -16,8 +16,8 @@ MOST = 3.0
 def visibility(pixels: Tensor, cell: int) -> Tensor:
     """How much an error in each cell of a picture counts for the eye, compared with squared error.
 
-    pixels: (1, 3, H, W), 0..255, sides multiples of cell. Returns (1, 1, H / cell, W / cell), 1 / MOST to MOST, from the
-    variance of luma within cells, its mean over 3 x 3 of them.
+    pixels: (1, 3, H, W), 0..255, sides multiples of cell. Returns (1, 1, H / cell, W / cell), from 1 / MOST to MOST, by
+    the variance of luma within cells, its mean over 3 x 3 of them.
     """
     red, green, blue = pixels.float().split(1, 1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue

@@ -11,8 +11,8 @@ do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its previ
 ``image.draft(None, size)``, which ``Image.thumbnail`` calls, makes the image a quarter as large, from the preview
 alone, if that is not smaller than the size.
 
-Options of ``save``: quality, tune, effort and strip, as in ``vqcodec.encode``; icc_profile, exif and xmp, as in Pillow's
-other formats, instead of the image's own, None for none. What the format cannot hold is a warning.
+Options of ``save``: quality, tune, effort and strip, as in ``vqcodec.encode``; icc_profile, exif and xmp, as in
+Pillow's other formats, instead of the image's own, None for none. What the format cannot hold is a warning.
 """
 
 import warnings

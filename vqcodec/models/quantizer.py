@@ -62,6 +62,7 @@ class Codebook(nn.Module):
         self.groups, self.codes, self.dim, self.escape, self.learning = groups, codes, dim, escape, learning
         self.outcomes = codes + escape  # of an index that is not null
         self.updates, self.started = 0, False
+        self.fixed = False  # in training the vectors stay as they are, and the use of codes alone is learned
         self.vectors = nn.Parameter(torch.zeros(groups, codes, dim), requires_grad=learning == "loss")
         # State of learning: EMA of the number and the sum of the latents of each code, and the use of null and the
         # outcomes by level.
@@ -244,6 +245,8 @@ class Codebook(nn.Module):
         self._reduce(sums)
         seen = use.sum((1, 2), keepdim=True) > 0
         self.usage.lerp_(torch.where(seen, use, self.usage), 1 - DECAY)
+        if self.fixed:
+            return
         self.count.lerp_(use[..., 1 : self.codes + 1].sum(0), 1 - DECAY)
         self.total.lerp_(sums[:, 1 : self.codes + 1], 1 - DECAY)
         n = self.count.sum(-1, keepdim=True)

@@ -42,8 +42,9 @@ def refined_latents(
 ) -> Tensor:
     """Latents (1, M * d, h, w) of the finest grid, better ones than z.
 
-    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the rates; known:
-    indices (1, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid`` makes of them.
+    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the
+    rates; known: indices (1, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid``
+    makes of them.
     The model's parameters must not require gradients.
     """
     # What was made in inference mode cannot take part in a backward pass.

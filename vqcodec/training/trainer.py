@@ -1,4 +1,4 @@
-"""Training: one loop for four stages, on one process or many, on CPUs or GPUs.
+"""Training: one loop for five stages, on one process or many, on CPUs or GPUs.
 
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
@@ -9,12 +9,15 @@ finish     the priors and the finest part of     1
            the decoder, on the codes of a fixed
            encoder: the last mile
 prior      the priors, on such codes             1
+visual     the gains and biases for the eye,     1
+           which no other stage touches
 =========  ====================================  =================================
 
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
-from the coarsest grid alone, so that the decoder can show a preview. The last part of a run has larger crops, fewer in
-proportion; the first steps of a model from scratch see the two finest levels alone.
+from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
+gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. The last part of a run has larger
+crops, fewer in proportion; the first steps of a model from scratch see the two finest levels alone.
 
 A step waits for nothing that a GPU computes: what the log needs is added up there and read with each row.
 """
@@ -28,7 +31,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,12 +45,14 @@ from vqcodec.config import ModelConfig
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
+from vqcodec.training.ssimulacra2 import Ssimulacra2
 from vqcodec.weights import load_weights, save_weights
 
-Stage = Literal["vqvae", "joint", "finish", "prior"]
+Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
-WARM_UP = 300  # steps
+VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``
+WARM_UP, VISUAL_WARM_UP = 300, 50  # steps
 DECAY = 0.3  # the last part of the run, in which the learning rate falls to FLOOR of its value
 FLOOR = 0.001
 RAMP = (100, 700)  # steps between which the rate weight rises from 0 to 1
@@ -56,6 +61,8 @@ LATE = 0.75  # from here on crops are LARGER times as large
 LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
+VISUAL_SHARE = 0.95  # of the distance by SSIMULACRA 2, the rest is squared error
+VISUAL_SCALE = 9.3e-5  # what a distance is worth in mean squared error of 0..1
 AVERAGE = 0.999  # EMA of the weights
 CLIP = 1.0
 
@@ -82,10 +89,12 @@ class Run:
     log_steps: int = 50
 
 
-def learning_rate(progress: float, step: int) -> float:
+def learning_rate(progress: float, step: int, stage: Stage) -> float:
     """Factor of the learning rate: warm up, hold, fall as a cosine."""
     fall = max(0.0, (progress - 1 + DECAY) / DECAY)
-    return min(1.0, (step + 1) / WARM_UP) * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
+    return min(1.0, (step + 1) / (VISUAL_WARM_UP if stage == "visual" else WARM_UP)) * (
+        FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
+    )
 
 
 def rate_weight(stage: Stage, step: int, config: ModelConfig) -> float:
@@ -111,10 +120,28 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
     """Whether a parameter learns in a stage."""
     if stage in ("vqvae", "joint"):
         return True
+    if stage == "visual":
+        return in_banks(name)
     finest = model.strides.index(model.config.grids[-1].stride)
     last = [f"join.{model.config.grids[-1].stride}.", "pixels.", "tail."]
     last += [f"synthesis.{k}." for k in range(finest + 1)] + [f"up.{k}." for k in range(finest)]
     return name.startswith(("priors.", *last) if stage == "finish" else "priors.")
+
+
+def in_banks(name: str) -> bool:
+    """Whether a parameter has a row for each level of each tune."""
+    biases = name.startswith("priors.") and name.endswith(".bias") and not name.endswith(".out.bias")
+    return biases or name.endswith((".gain", ".log_gain", ".log_inverse", ".null"))
+
+
+def with_two_banks(model: VQVAE) -> VQVAE:
+    """The model with a bank for the eye, which begins as a copy of the other one."""
+    if model.config.banks == 2:
+        return model
+    grown, state = VQVAE(replace(model.config, banks=2)), model.state_dict()
+    shapes = {name: value.shape for name, value in grown.state_dict().items()}
+    grown.load_state_dict({name: x if x.shape == shapes[name] else torch.cat([x, x]) for name, x in state.items()})
+    return grown
 
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -135,7 +162,8 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         matrix = p.ndim >= 2 and name.endswith("weight") and id(p) not in edges
         (hidden.setdefault(parts.get(id(p), 1), []) if matrix else rest).append(p)
     matrices = [{"params": params, "parts": n} for n, params in hidden.items()]
-    return [Muon(matrices, MUON_RATE), torch.optim.Adam(rest, ADAM_RATE, betas=(0.9, 0.99))]
+    adam = torch.optim.Adam(rest, VISUAL_RATE if stage == "visual" else ADAM_RATE, betas=(0.9, 0.99))
+    return [Muon(matrices, MUON_RATE), adam] if matrices else [adam]
 
 
 def sample_weights(config: ModelConfig) -> Tensor:
@@ -215,9 +243,10 @@ class Sums:
         self.table = torch.zeros(4, levels, device=device)
 
     def add(self, loss: Tensor, level: Tensor, whole: Tensor, mse: Tensor, bpp: Tensor) -> None:
-        """whole: (B,) 1 for samples with all grids, 0 for others; bpp: of the first samples."""
+        """level: of either tune; whole: (B,) 1 for samples with all grids, 0 for others; bpp: of the first samples."""
         self.loss += loss.detach()
         self.steps += 1
+        level = level % self.table.shape[1]
         coded = level[: len(bpp)]
         rows = ((level, mse * whole), (level, whole), (coded, bpp), (coded, torch.ones_like(bpp)))
         for row, (at, values) in zip(self.table, rows, strict=True):
@@ -259,14 +288,18 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         raise UsageError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
     with processes() as (rank, size, device):
         seed_everything(run.seed)
-        model = (load_weights(run.start) if run.start else VQVAE(run.config)).to(device)
-        config = model.config
+        model = load_weights(run.start) if run.start else VQVAE(run.config)
+        if run.stage == "visual":
+            model = with_two_banks(model)
+        model, config = model.to(device), model.config
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         model.requires_grad_(True)
         for book in model.codebooks:
             book.vectors.requires_grad_(book.learning == "loss")
         if run.stage in ("finish", "prior"):
             model.codebooks.eval()  # they stay as they are
+        for book in model.codebooks:
+            book.fixed = run.stage == "visual"
         optims = optimizers(model, run.stage)
         base = [group["lr"] for optim in optims for group in optim.param_groups]
         average, step, elapsed = Average(model), 0, 0.0
@@ -285,7 +318,9 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
         network = wrapped(model, size, device)
-        lambdas, weights = torch.tensor(config.lambdas, device=device), sample_weights(config).to(device)
+        lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
+        weights = sample_weights(config).to(device).repeat(config.banks)
+        eye = Ssimulacra2().to(device) if run.stage == "visual" else None
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         started = saved_at = time.monotonic()
@@ -299,18 +334,21 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                 progress = shared.item()
             if progress >= 1:
                 break
-            factor = learning_rate(progress, step)
+            factor = learning_rate(progress, step, run.stage)
             for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
             x = crops.draw(*crops_at(run, progress))
             first = config.levels - 2 if run.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
-            level = levels_for(len(x), first, config.levels, device)
+            level = levels_for(len(x), first, config.levels, device) + (config.levels if eye else 0)
             dropped = torch.rand(len(x), device=device) < DROPPED
             with torch.autocast(device.type, torch.bfloat16):
                 out = network(x, level, rate_weight(run.stage, step, config), dropped)
             mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
-            distortion = scales[level] * mse * torch.where(dropped, DROPPED_WEIGHT, 1.0)
+            error = mse
+            if eye:
+                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * VISUAL_SCALE * eye(x, out.x_hat)
+            distortion = scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
             loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
             loss = loss + (weights[level[: len(bpp)]] * bpp).mean()
             for optim in optims:
