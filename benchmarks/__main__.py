@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from vqcodec.config import DEFAULT_TUNE, TUNES
+
 Parse = Callable[[click.Context, click.Parameter, Any], Any]
 
 
@@ -61,6 +63,7 @@ def main() -> None:
 @output_option
 @weights_option
 @qualities_option
+@click.option("--tune", type=click.Choice(TUNES), default=DEFAULT_TUNE, show_default=True, help="Of the .vq2 files.")
 @click.option("--rivals", callback=names, help="Such as jpeg,webp; all by default.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--fresh", is_flag=True, help="Measure the rivals again, too.")

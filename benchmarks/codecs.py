@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_TUNE, Tune
+
 if TYPE_CHECKING:  # the memory that a rival takes is measured without torch
     from vqcodec import Codec
 
@@ -151,16 +153,18 @@ def available(names: Sequence[str] = tuple(RIVALS)) -> tuple[list[Rival], dict[s
     return found, missing
 
 
-def vq2(codec: "Codec", qualities: Sequence[float] | None = None) -> Rival:
+def vq2(codec: "Codec", qualities: Sequence[float] | None = None, tune: Tune = DEFAULT_TUNE) -> Rival:
     """Ours. qualities: all levels of the model if None."""
-    from vqcodec.config import DEFAULT_EFFORT
 
     def decode(data: bytes) -> Bytes:
         return np.array(codec.decode(data))
 
+    def encode(pixels: Bytes, quality: float) -> bytes:
+        return codec.encode(pixels, quality, tune=tune)
+
     levels = range(1, codec.model.config.levels + 1)
-    what = f"vqcodec, model {codec.fingerprint.hex()}, effort {DEFAULT_EFFORT}"
-    return Rival("vq2", what, levels, tuple(qualities or levels), codec.encode, decode)
+    what = f"vqcodec, model {codec.fingerprint.hex()}, effort {DEFAULT_EFFORT}, tune {tune}"
+    return Rival("vq2", what, levels, tuple(qualities or levels), encode, decode)
 
 
 def largest_within(rival: Rival, pixels: Bytes, target: int) -> tuple[float, bytes]:

@@ -25,6 +25,7 @@ from benchmarks.metrics import (
     relative_size,
 )
 from vqcodec import Codec
+from vqcodec.config import DEFAULT_TUNE, Tune
 from vqcodec.files import write_atomically
 
 Row = dict[str, Any]
@@ -48,6 +49,7 @@ def run(
     *,
     weights: Path | None = None,
     qualities: tuple[float, ...] | None = None,
+    tune: Tune = DEFAULT_TUNE,
     rivals: tuple[str, ...] = tuple(codecs.RIVALS),
     jobs: int = 1,
     fresh: bool = False,
@@ -60,7 +62,7 @@ def run(
     The JSON file is saved after every image. What it has of the rivals is not computed again unless `fresh`; what it
     has of vq2 only if code and weights are the same. step: called with the number of images done, and of all.
     """
-    paths, lineup = corpus.find(folder), Lineup(weights, qualities, rivals)
+    paths, lineup = corpus.find(folder), Lineup(weights, qualities, tune, rivals)
     codec, contestants, missing = assemble(lineup)
     described = machine.describe(codec, weights)
     result: dict[str, Any] = {
@@ -68,6 +70,7 @@ def run(
         "machine": described if jobs == 1 else {**described, "threads": 1},
         "corpus": {"folder": folder.resolve().name, "images": 0, "skipped": {}},
         "jobs": jobs,
+        "tune": tune,
         "codecs": {rival.name: rival.what for rival in contestants},
         "skipped": {**missing, **SKIPPED},
     }
@@ -106,6 +109,7 @@ class Lineup(NamedTuple):
 
     weights: Path | None
     qualities: tuple[float, ...] | None
+    tune: Tune
     rivals: tuple[str, ...]
 
 
@@ -114,7 +118,7 @@ def assemble(lineup: Lineup) -> tuple[Codec, list[Rival], dict[str, str]]:
     """The model, vq2 and the rivals that are there, and why the others are not."""
     codec = Codec.load(lineup.weights, device="cpu")
     found, missing = codecs.available(lineup.rivals)
-    return codec, [codecs.vq2(codec, lineup.qualities), *found], missing
+    return codec, [codecs.vq2(codec, lineup.qualities, lineup.tune), *found], missing
 
 
 def measure(rival: Rival, quality: float, pixels: Bytes) -> Row:
@@ -257,7 +261,11 @@ def covered(rates: dict[str, dict[str, Any]]) -> list[str]:
 def table(result: dict[str, Any]) -> str:
     images, folder = result["corpus"]["images"], result["corpus"]["folder"]
     skipped = {**result["corpus"]["skipped"], **result["skipped"]}
-    lines = [machine.title(result["machine"]), f"{folder}: {images} images, means over them"]
+    lines = [
+        machine.title(result["machine"]),
+        f"{folder}: {images} images, means over them",
+        f"vq2: {result['codecs']['vq2']}",
+    ]
     lines += [f"skipped {name}: {reason}" for name, reason in skipped.items()]
     anchors = [name for name in result["codecs"] if name != "vq2"]
     levels = [row for row in result["means"] if row["codec"] == "vq2"]

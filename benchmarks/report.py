@@ -14,6 +14,7 @@ from benchmarks import codecs, corpus, machine, rd, speed
 from benchmarks.corpus import Bytes
 from benchmarks.metrics import METRICS, SCALES, psnr
 from vqcodec import Codec
+from vqcodec.config import DEFAULT_TUNE
 from vqcodec.files import write_atomically
 
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -39,7 +40,7 @@ def run(
     names = list(dict.fromkeys(row["image"] for row in result["rows"]))
     shown = [names[k] for k in np.unique(np.linspace(0, len(names) - 1, 2 * crops + 1).round().astype(int)[1::2])]
     rivals, _ = codecs.available([name for name in CROPPED if name in result["codecs"]])
-    ours = codecs.vq2(codec)
+    ours = codecs.vq2(codec, tune=result.get("tune", DEFAULT_TUNE))
     panels = []
     for name in shown:
         tell(f"{name}: encoding with as many bytes as vq2 needs")
