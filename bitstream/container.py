@@ -13,8 +13,7 @@ offset  size  field        meaning and allowed range                            
 ======  ====  ===========  ========================================================  =======================
 0       4     magic        F6 56 51 32: a byte that UTF-8 does not use, then "VQ2"   NotVq2Error
 4       1     version      2                                                         UnsupportedVersionError
-5       1     level        quality level, 1..127 and one that the model has; plus    DamagedError
-                           128 if the file is tuned for the eye
+5       1     level        quality level, 1..127 and one that the model has, + tune  DamagedError
 6       1     colour       colour mode, section 2                                    DamagedError
 7       3     width        width in pixels minus 1, so 1..2^24 pixels                LimitError
 10      3     height       height in pixels minus 1, so 1..2^24 pixels               LimitError
@@ -33,8 +32,8 @@ H the width and height in blocks of 16 x 16 pixels, rounded up::
 
 that is a byte for every 4 blocks, of which thin pictures count 8 side by side. Smaller files are padded, see
 section 3. All this is checked in this order before the chunks are looked at. Fingerprint, level and checksum are
-checked by whoever holds the model, and whether there is memory enough by whoever decodes. Which row level
-and tune use, wherever the model has rows for them, is said in FORMAT.md, section 8.
+checked by whoever holds the model, and whether there is memory enough by whoever decodes. The tune is 128 in a
+file for the eye and 0 in one for least squared error; FORMAT.md, section 8, says which of a model's rows it uses.
 
 
 2. Colour modes

@@ -97,8 +97,8 @@ def choose(  # type: ignore[no-untyped-def]
     """The choice of ``Codebook.choose`` for some rows, in their places.
 
     z: (places, d) float32; null, active: (places,) float32; place: (n,) int64, the rows; logits: (m, N) float32, of
-    which a row's are at source (n,) int64; vectors: (M, d, K) float32; weights: (cells,) float32. Filled at the places: index (places,) int64 and
-    chosen (places, d), where it is not null, and with gradient rate (places, d).
+    which a row's are at source (n,) int64; vectors: (M, d, K) float32; weights: (cells,) float32. Filled at
+    the places: index (places,) int64 and chosen (places, d), where it is not null, and with gradient rate (places, d).
     """
     groups, dim, codes = vectors.shape
     cells, outcomes = len(z) // groups, logits.shape[1]

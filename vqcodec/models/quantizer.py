@@ -159,8 +159,8 @@ class Codebook(nn.Module):
         given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
         vectors = self.vectors.detach().mT.contiguous().numpy()
         compiled.choose(
-            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight.numpy(), self.escape, gradient,
-            *(x.flatten(0, 1).numpy() for x in choice),
+            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight.numpy(), self.escape,
+            gradient, *(x.flatten(0, 1).numpy() for x in choice),
         )  # fmt: skip
         return choice
 
