@@ -25,7 +25,7 @@ import hashlib
 import zlib
 from pathlib import Path
 from pickle import dumps, loads
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numba.core import config
@@ -48,7 +48,19 @@ from bitstream.exact import (
     TABLE_BITS,
     TABLE_TOTAL,
 )
-from bitstream.products import INTERPRETED, add_product, function, njit, publish, published
+from bitstream.products import (
+    INTERPRETED,
+    LEAN,
+    add_product,
+    clip,
+    copy,
+    fill,
+    function,
+    inlined,
+    njit,
+    publish,
+    published,
+)
 
 ZERO = 128  # the byte of an activation of zero
 WAVES = 4  # in a ring: this one and three back
@@ -133,17 +145,13 @@ class _Cache(FunctionCache):
 @functools.cache  # of what is imported, whatever happens to the files
 def _sources(file: str) -> str:
     """Of a file with kernels and of the files below."""
-    below = (Path(__file__).with_name(name) for name in ("exact.py", "products.py", "kernels.py"))
+    below = (Path(__file__).with_name(name) for name in ("exact.py", "products.py", "records.py", "kernels.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in (Path(file), *below))).hexdigest()
 
 
 # Places of layers in a ``Network``. Not plain numbers: numba would compile a function for each of them.
 _EMBED, _QUERY, _KEY_VALUE, _ATTENTION_GATE, _BLOCKS = map(np.int64, range(5))
 _NONE, _ONE = np.int64(0), np.int64(1)
-
-# To save seconds of compiling: a function with many arguments that is called from one place is written into it before
-# anything is compiled; those with few arguments, and with integers of one type, are compiled once for all callers.
-_inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 
 def kernel(function: Any, **options: Any) -> Any:
@@ -156,17 +164,22 @@ def kernel(function: Any, **options: Any) -> Any:
     return compiled
 
 
-# --- what the kernels are given ---
+# To save seconds of compiling, integers that functions take are of one type: they are compiled once for all callers.
+def _kernel(function: Any) -> Any:
+    return kernel(function, **LEAN)
+
+
+# --- what the kernels are given: records, see ``records.pack`` ---
 
 
 class Network(NamedTuple):
     """A prior's layers at one quality level. Layer k has ``layers[k]``: where its weights begin, where its biases and
     shifts begin, its inputs, its outputs (all padded). A sum with its bias, shifted right, is rounded to its unit."""
 
-    weight: Any  # (bytes,) int8
-    bias: Any  # (outputs of all layers,) int32
-    shift: Any  # the same
-    layers: Any  # (layers, 4) int64
+    weight: Annotated[Any, np.int8, 1]  # (bytes,)
+    bias: Annotated[Any, np.int32, 1]  # (outputs of all layers,)
+    shift: Annotated[Any, np.int32, 1]  # the same
+    layers: Annotated[Any, np.int64, 2]  # (layers, 4)
 
 
 class Model(NamedTuple):
@@ -187,9 +200,9 @@ class Model(NamedTuple):
     attention: int
     flags: int  # of one group
     hidden: int
-    position: Any  # (heads, ATTENTION_ROWS, ATTENTION_WAVES) int32
-    activations: Any  # (M, K + 1, d) int8, of null first
-    vectors: Any  # (M, d, K) float32, of the codes alone
+    position: Annotated[Any, np.int32, 3]  # (heads, ATTENTION_ROWS, ATTENTION_WAVES)
+    activations: Annotated[Any, np.int8, 3]  # (M, K + 1, d), of null first
+    vectors: Annotated[Any, np.float32, 3]  # (M, d, K), of the codes alone
 
 
 class Walk(NamedTuple):
@@ -197,51 +210,62 @@ class Walk(NamedTuple):
 
     height: int
     width: int
-    published: Any  # (parts, 8) int64: the next wave of each part; 64 bytes each, lest they share a line of a cache
-    condition: Any  # (h, columns, C) int16 stream units, or of no rows
-    code_ring: Any  # (WAVES, rows, codes) uint8
-    rings: Any  # (blocks, WAVES, rows, channels) uint8
-    keys: Any  # (rows, ATTENTION_WAVES and this one, attention) int8
-    values: Any  # the same
-    grid: Any  # (M, h, w) uint16, zeros where nothing is decoded yet
-    bits: Any  # (M, h, w) float32: gets the bits of each index; or of no groups
+    published: Annotated[Any, np.int64, 2]  # (parts, 8): each part's next wave; apart in memory for the cache
+    condition: Annotated[Any, np.int16, 3]  # (h, columns, C) stream units, or of no rows
+    code_ring: Annotated[Any, np.uint8, 3]  # (WAVES, rows, codes)
+    rings: Annotated[Any, np.uint8, 4]  # (blocks, WAVES, rows, channels)
+    keys: Annotated[Any, np.int8, 3]  # (rows, ATTENTION_WAVES and this one, attention)
+    values: Annotated[Any, np.int8, 3]  # the same
+    grid: Annotated[Any, np.uint16, 3]  # (M, h, w), zeros where nothing is decoded yet
+    bits: Annotated[Any, np.float32, 3]  # (M, h, w): gets the bits of each index; or of no groups
 
 
 class Room(NamedTuple):
     """Memory of one thread: CHUNK rows of each for the features, then one row of each for a cell."""
 
-    taps: Any  # uint8
-    narrow: Any  # uint8
-    known: Any  # uint8: features, then the codes of the cell so far
-    seen: Any  # uint8: what attention reads, then the codes
-    sums: Any  # int32
-    units: Any  # int32: sums of the flags' hidden units
-    stream: Any  # int32
-    query: Any  # int8
-    score: Any  # (window,) int32
-    place: Any  # (window, 2) int32
-    weighted: Any  # (head_channels,) int64
-    flag: Any  # (1, M) int32: sums of the flags
-    unit: Any  # (1, flags) uint8
-    hidden: Any  # (1, hidden) uint8
-    hidden_sums: Any  # (1, hidden) int32
-    logits: Any  # (1, outcomes) int32
-    frequencies: Any  # (outcomes,) int32
-    distance: Any  # (K,) float32
-    code: Any  # (1, 2 d) uint8: activations of a code, and zeros
-    entry: Any  # (d,) int64: of an escape
+    taps: Annotated[Any, np.uint8, 2]
+    narrow: Annotated[Any, np.uint8, 2]
+    known: Annotated[Any, np.uint8, 2]  # features, then the codes of the cell so far
+    seen: Annotated[Any, np.uint8, 2]  # what attention reads, then the codes
+    sums: Annotated[Any, np.int32, 2]
+    units: Annotated[Any, np.int32, 2]  # sums of the flags' hidden units
+    stream: Annotated[Any, np.int32, 2]
+    query: Annotated[Any, np.int8, 2]
+    score: Annotated[Any, np.int32, 1]  # (window,)
+    place: Annotated[Any, np.int32, 2]  # (window, 2)
+    weighted: Annotated[Any, np.int64, 1]  # (head_channels,)
+    flag: Annotated[Any, np.int32, 2]  # (1, M): sums of the flags
+    unit: Annotated[Any, np.uint8, 2]  # (1, flags)
+    hidden: Annotated[Any, np.uint8, 2]  # (1, hidden)
+    hidden_sums: Annotated[Any, np.int32, 2]  # (1, hidden)
+    logits: Annotated[Any, np.int32, 2]  # (1, outcomes)
+    frequencies: Annotated[Any, np.int32, 1]  # (outcomes,)
+    distance: Annotated[Any, np.float32, 1]  # (K,)
+    code: Annotated[Any, np.uint8, 2]  # (1, 2 d): activations of a code, and zeros
+    entry: Annotated[Any, np.int64, 1]  # (d,): of an escape
+
+
+class ConditionRoom(NamedTuple):
+    """Memory of one thread for the condition: rows and columns of a block with what it reaches, and a margin of 1."""
+
+    cells: Annotated[Any, np.uint8, 3]  # (rows + 2, columns + 2, depth)
+    read: Annotated[Any, np.uint8, 3]  # (rows + 2, columns + 2, width)
+    stream: Annotated[Any, np.int32, 3]  # (rows, columns, width)
+    taps: Annotated[Any, np.uint8, 2]
+    narrow: Annotated[Any, np.uint8, 2]
+    sums: Annotated[Any, np.int32, 2]
 
 
 class Coder(NamedTuple):
     """Lanes: words that are read, and intervals that are to be written; ``state`` and ``place`` have 64 bytes each."""
 
     encode: bool
-    state: Any  # (lanes, 8) uint64: x
-    place: Any  # (lanes, 8) int64: the word behind the next, the first word, the number of intervals
-    words: Any  # (words,) uint32
-    intervals: Any  # (lanes, 2, room) int32: cumulative frequency and frequency
-    latents: Any  # (h, w, M d) float32
-    rate_weights: Any  # (h, w) float64
+    state: Annotated[Any, np.uint64, 2]  # (lanes, 8): x
+    place: Annotated[Any, np.int64, 2]  # (lanes, 8): word behind the next, first word, count of intervals
+    words: Annotated[Any, np.uint32, 1]  # (words,)
+    intervals: Annotated[Any, np.int32, 3]  # (lanes, 2, room): cumulative frequency and frequency
+    latents: Annotated[Any, np.float32, 3]  # (h, w, M d)
+    rate_weights: Annotated[Any, np.float64, 2]  # (h, w)
     temperature: float
 
 
@@ -271,7 +295,7 @@ def _activate(net, k, sums, n, low, out):  # type: ignore[no-untyped-def]
         for o in range(outputs):
             # The mask tells LLVM that 32 bits are enough for the shift.
             x = np.int32(row[o] >> (np.uint32(shift[o]) & np.uint32(31)))
-            target[o] = np.uint8(np.int32(min(max(x, least), np.int32(ACTIVATION_MAX))) + np.int32(ZERO))
+            target[o] = np.uint8(clip(x, least, ACTIVATION_MAX) + np.int32(ZERO))
 
 
 @function
@@ -283,7 +307,7 @@ def _round(net, k, sums, n, out):  # type: ignore[no-untyped-def]
         row, target = sums[r], out[r]
         for o in range(outputs):
             x = np.int32(row[o] >> (np.uint32(shift[o]) & np.uint32(31)))
-            target[o] = np.int32(min(max(x, np.int32(-STREAM_MAX)), np.int32(STREAM_MAX)))
+            target[o] = clip(x, -STREAM_MAX, STREAM_MAX)
 
 
 @function
@@ -295,11 +319,11 @@ def _add_gated(net, k, sums, n, stream):  # type: ignore[no-untyped-def]
         row, target = sums[r], stream[r]
         for o in range(width):
             value = np.int32(row[o] >> (np.uint32(shift[o]) & np.uint32(31)))
-            value = np.int32(min(max(value, np.int32(-ACTIVATION_MAX)), np.int32(ACTIVATION_MAX)))
+            value = clip(value, -ACTIVATION_MAX, ACTIVATION_MAX)
             gate = np.int32(row[width + o] >> (np.uint32(shift[width + o]) & np.uint32(31)))
-            gate = np.int32(min(max(gate, np.int32(0)), np.int32(GATE_MAX)))
+            gate = clip(gate, 0, GATE_MAX)
             x = np.int32(np.int32(np.int32(4) * target[o] + np.int32(value * gate) + np.int32(2)) >> np.uint32(2))
-            target[o] = np.int32(min(max(x, np.int32(-STREAM_MAX)), np.int32(STREAM_MAX)))
+            target[o] = clip(x, -STREAM_MAX, STREAM_MAX)
 
 
 @function
@@ -309,7 +333,7 @@ def _read(stream, n, out):  # type: ignore[no-untyped-def]
         row, target = stream[r], out[r]
         for c in range(len(row)):
             x = np.int32(np.int32(row[c] + np.int32(8)) >> np.uint32(4))
-            x = np.int32(min(max(x, np.int32(-ACTIVATION_MAX)), np.int32(ACTIVATION_MAX)))
+            x = clip(x, -ACTIVATION_MAX, ACTIVATION_MAX)
             target[c] = np.uint8(x + np.int32(ZERO))
 
 
@@ -328,12 +352,9 @@ def _gather(ring, t, i, step, n, width, out, column):  # type: ignore[no-untyped
         for k in range(len(_NEIGHBOURS)):
             above, beside = i + _NEIGHBOURS[k, 0], t - 2 * i + _NEIGHBOURS[k, 1]
             if above < 0 or beside < 0 or beside >= width:
-                for c in range(channels):
-                    target[at + c] = ZERO
+                fill(target, at, channels, ZERO)
             else:
-                source = ring[(t - _NEIGHBOURS[k, 2]) % WAVES, above % rows]
-                for c in range(channels):
-                    target[at + c] = source[c]
+                copy(target, at, ring[(t - _NEIGHBOURS[k, 2]) % WAVES, above % rows], _NONE, channels)
             at += channels
         i += step
 
@@ -342,12 +363,11 @@ def _gather(ring, t, i, step, n, width, out, column):  # type: ignore[no-untyped
 def _keep(ring, t, i, step, n, values, column):  # type: ignore[no-untyped-def]
     """values[:n, column : column + C] become this wave's entries of the ring."""
     for r in range(n):
-        target, source = ring[t % WAVES, (i + r * step) % ring.shape[1]], values[r]
-        for c in range(len(target)):
-            target[c] = source[column + c]
+        target = ring[t % WAVES, (i + r * step) % ring.shape[1]]
+        copy(target, _NONE, values[r], column, len(target))
 
 
-@_inlined
+@function
 def _features(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-def]
     """Of rows i, i + step, ...: ``room.known`` gets the features, and no codes yet; ``room.units`` their share of the
     flags' hidden units."""
@@ -362,7 +382,7 @@ def _features(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped
             given = walk.condition[row, (t - 2 * row) % columns]
             for c in range(channels):
                 x = np.int32(target[c] + given[c])
-                target[c] = np.int32(min(max(x, np.int32(-STREAM_MAX)), np.int32(STREAM_MAX)))
+                target[c] = clip(x, -STREAM_MAX, STREAM_MAX)
     for b in range(model.blocks):
         if b == model.attention_after:
             _attend(net, model, walk, room, t, i, step, n)
@@ -375,13 +395,11 @@ def _features(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped
         _add_gated(net, _BLOCKS + 2 * b + 1, room.sums, n, stream)
     _read(stream, n, room.known)
     for r in range(n):
-        row = room.known[r]
-        for c in range(channels, channels + model.codes):
-            row[c] = ZERO
+        fill(room.known[r], channels, model.codes, ZERO)
     _layer(net, model.head_layers, room.known, n, room.units)
 
 
-@_inlined
+@function
 def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-def]
     """Exact softmax attention, base 2, of each row's cell to the cells of its window, with a silent key of score 0."""
     size = model.head_channels
@@ -407,7 +425,7 @@ def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-d
                         dot = np.int32(dot + np.int32(target[c]) * np.int32(key[c]))
                     # Products are in units of 2^-10; half of them, as logits, in units of 2^-5.
                     s = ((dot + 32) >> 6) + model.position[head, up, age - 1]
-                    s = min(max(s, -LOGIT_MAX), LOGIT_MAX)
+                    s = clip(s, -LOGIT_MAX, LOGIT_MAX)
                     score[count], place[count, 0], place[count, 1] = (
                         s,
                         ring,
@@ -416,7 +434,8 @@ def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-d
                     top = max(top, s)
                     count += 1
             total = np.int64(POWERS[top])
-            weighted[:] = 0
+            for c in range(size):
+                weighted[c] = 0
             for k in range(count):
                 weight = np.int64(POWERS[top - score[k]])
                 if weight:
@@ -431,14 +450,12 @@ def _attend(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-d
     _add_gated(net, _ATTENTION_GATE, room.sums, n, room.stream)
 
 
-@_inlined
+@function
 def _keep_attention(net, model, walk, room, t, i, step, n):  # type: ignore[no-untyped-def]
     """When all groups are known: keys and values of this wave's cells."""
     channels, width = model.channels, model.attention
     for r in range(n):
-        source, target = room.known[r], room.seen[r]
-        for c in range(channels, channels + model.codes):
-            target[c] = source[c]
+        copy(room.seen[r], channels, room.known[r], channels, model.codes)
     _layer(net, _KEY_VALUE, room.seen, n, room.sums)
     _activate(net, _KEY_VALUE, room.sums, n, -ACTIVATION_MAX, room.taps)
     for r in range(n):
@@ -474,7 +491,7 @@ def table(logits, n, frequencies):  # type: ignore[no-untyped-def]
     frequencies[0] += np.int32(TABLE_TOTAL - given)
 
 
-@function
+@inlined
 def refill(x, words, place):  # type: ignore[no-untyped-def]
     """Section 7: words of the lane, from its end, until the state is large enough or there are no more.
 
@@ -486,13 +503,13 @@ def refill(x, words, place):  # type: ignore[no-untyped-def]
     return x
 
 
-@function
+@inlined
 def narrowed(x, low, size):  # type: ignore[no-untyped-def]
     """The state after a symbol of this interval, in units of 2^-24 (uint64)."""
     return size * (x >> _U24) + (x & _MASK24) - low
 
 
-@function
+@inlined
 def symbol(x, frequencies, n):  # type: ignore[no-untyped-def]
     """Section 7: the symbol in state x, and its cumulative frequency."""
     s = np.int64(x & _MASK24) >> 4
@@ -503,13 +520,13 @@ def symbol(x, frequencies, n):  # type: ignore[no-untyped-def]
     return k, low
 
 
-@function
+@inlined
 def _warmed(logit, temperature):  # type: ignore[no-untyped-def]
     """A logit at a temperature, clipped last."""
     return np.int32(min(max(np.rint(np.float64(logit) / temperature), -LOGIT_MAX), LOGIT_MAX))
 
 
-@function
+@inlined
 def _note(intervals, place, low, size):  # type: ignore[no-untyped-def]
     """An interval that the encoder is to write to a lane. There is room: ``run`` has made sure before the wave."""
     count = place[2]
@@ -530,17 +547,17 @@ def _outcomes(net, first, known, sums, hidden, logits, outcomes, temperature, fr
     table(logits[0], outcomes, frequencies)
 
 
-@function
+@inlined
 def _lattice(z):  # type: ignore[no-untyped-def]
     """The nearest entry of an escape, 0 .. ESCAPE_SIDE - 1; of two the smaller."""
     near = np.ceil(np.float64(z) / ESCAPE_STEP - 0.5) + ESCAPE_SIDE // 2
     return np.int64(min(max(near, 0.0), np.float64(ESCAPE_SIDE - 1)))
 
 
-@function
+@inlined
 def _escape_value(a):  # type: ignore[no-untyped-def]
     """The entry's activation."""
-    return min(max((a - ESCAPE_SIDE // 2) * _LATTICE, -ACTIVATION_MAX), ACTIVATION_MAX)
+    return clip((a - ESCAPE_SIDE // 2) * _LATTICE, -ACTIVATION_MAX, ACTIVATION_MAX)
 
 
 @function
@@ -559,7 +576,7 @@ def _distances(z, vectors, out):  # type: ignore[no-untyped-def]
     return least
 
 
-@_inlined
+@function
 def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-def]
     """All groups of cell (i, j), whose features are in row r. ``index`` is in its row of codes wherever it is used for
     one: an escape's number comes last, and goes to the grid alone."""
@@ -581,11 +598,11 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
         first = base + 2 + 3 * g  # the group's layers: its codes' share of the units, hidden, out
         for f in range(flags):
             value = np.int32(units[0, g * flags + f] >> (np.uint32(unit_shift[g * flags + f]) & np.uint32(31)))
-            unit[0, f] = np.uint8(np.int32(min(max(value, np.int32(0)), np.int32(ACTIVATION_MAX))) + np.int32(ZERO))
+            unit[0, f] = np.uint8(clip(value, 0, ACTIVATION_MAX) + np.int32(ZERO))
         # Flags of earlier groups are read already: only what lies from here on counts.
         at = out_at + g * flags * out_width
         add_product(unit, _ONE, flags, net.weight, at, out_width, flag, g // 16 * 16)
-        s = min(max(flag[0, g] >> net.shift[out_bias + g], -LOGIT_MAX), LOGIT_MAX)
+        s = clip(flag[0, g] >> net.shift[out_bias + g], -LOGIT_MAX, LOGIT_MAX)
         if temperature != 1.0:
             s = _warmed(np.int32(s), temperature)
         null = np.int64(_NULL[s + LOGIT_MAX])
@@ -697,14 +714,12 @@ def _around(cells, y, x, n, out):  # type: ignore[no-untyped-def]
     for r in range(n):
         target, at = out[r], 0
         for k in range(len(_AROUND)):
-            source = cells[y + 1 + _AROUND[k, 0], x + r + 1 + _AROUND[k, 1]]
-            for c in range(channels):
-                target[at + c] = source[c]
+            copy(target, at, cells[y + 1 + _AROUND[k, 0], x + r + 1 + _AROUND[k, 1]], _NONE, channels)
             at += channels
 
 
-@kernel
-def condition(net, grid, activations, down, right, out):  # type: ignore[no-untyped-def]
+@_kernel
+def condition(net, room, grid, activations, down, right, out):  # type: ignore[no-untyped-def]
     """The condition of a block of BLOCK x BLOCK cells from the next coarser grid (M, h, w) uint16 -> into out.
 
     out: (2 h, columns, C) int16 stream units; cell (i, j) at column j modulo their number. grid: of a walk, or checked:
@@ -718,7 +733,11 @@ def condition(net, grid, activations, down, right, out):  # type: ignore[no-unty
     y0, y1, x0, x1 = max(0, top - reach), min(h, bottom + reach), max(0, left - reach), min(w, end + reach)
     rows, columns = y1 - y0, x1 - x0
     depth, width = net.layers[0, 2] // len(_AROUND), net.layers[0, 3]
-    cells = np.full((rows + 2, columns + 2, depth), ZERO, np.uint8)
+    cells, read, stream, taps, narrow, sums = room.cells, room.read, room.stream, room.taps, room.narrow, room.sums
+    for y in range(rows + 2):
+        for x in range(columns + 2):
+            fill(cells[y, x], _NONE, depth, ZERO)
+            fill(read[y, x], _NONE, width, ZERO)
     for y in range(rows):
         for x in range(columns):
             for g in range(groups):
@@ -731,17 +750,12 @@ def condition(net, grid, activations, down, right, out):  # type: ignore[no-unty
                     cells[y + 1, x + 1, g * dim + c] = a + ZERO
     last = _ONE + 2 * CONDITION_BLOCKS
     channels = net.layers[last, 3] // len(_SIDES)
-    taps = np.empty((CHUNK, len(_AROUND) * max(depth, width)), np.uint8)
-    narrow = np.empty((CHUNK, width), np.uint8)
-    sums = np.empty((CHUNK, max(2 * width, len(_SIDES) * channels)), np.int32)
-    stream = np.empty((rows, columns, width), np.int32)
     for y in range(rows):
         for x in range(0, columns, CHUNK):
             n = min(CHUNK, columns - x)
             _around(cells, y, x, n, taps)
             _layer(net, _EMBED, taps, n, sums)
             _round(net, _EMBED, sums, n, stream[y, x : x + n])
-    read = np.full((rows + 2, columns + 2, width), ZERO, np.uint8)
     for b in range(CONDITION_BLOCKS):
         for y in range(rows):
             _read(stream[y], columns, read[y + 1, 1:])
@@ -769,8 +783,8 @@ def condition(net, grid, activations, down, right, out):  # type: ignore[no-unty
 # --- the walk ---
 
 
-@kernel
-def run(net, model, walk, room, coder, part, t, last):  # type: ignore[no-untyped-def]
+@_kernel
+def run(net, model, walk, coder, room, part, t, last):  # type: ignore[no-untyped-def]
     """Waves t to last - 1 of the rows i with i mod parts = part, as far as one gets without waiting long.
 
     Returns the next wave: the caller makes room for intervals, sleeps a little, and calls again. A wave needs what all

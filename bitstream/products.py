@@ -15,17 +15,75 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import (  # type: ignore[attr-defined]
+    _dynfunc,
+    types,
+)
 from numba.core import cgutils, config
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.lowering import Lower
 from numba.core.registry import cpu_target
+from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
 njit: Any = numba.njit  # more than its type says
 INTERPRETED = bool(getattr(config, "DISABLE_JIT", 0))
 
-# Compiled into what calls it, and not for Python, which would take as long again. A division by zero has no exception.
-function = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
+class _NotInlined(Lower):
+    def lower_normal_function(self, description: Any) -> None:
+        super().lower_normal_function(description)
+        self.function.attributes.add("noinline")
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _PartLowering(NativeLowering):
+    """numba would optimise every function and make machine code of it, and again of its copy in each kernel."""
+
+    _name = "vqcodec_part_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+        library._optimize_final_module = lambda: None
+        library._finalize_final_module = lambda: setattr(library, "_finalized", True)
+        state.flags.no_compile = True
+        super().run_pass(state)
+        description, _, _, env = state["cr"]
+        stub = _dynfunc.make_function(description.lookup_module(), description.qualname, "", 0, env, (library,))
+        state.targetctx.insert_user_function(stub, description, [library])
+        state["cr"] = state["cr"]._replace(cfunc=stub)
+        return True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _FunctionLowering(_PartLowering):
+    """LLVM is not to copy it to every place that calls it, which would take seconds to compile."""
+
+    _name = "vqcodec_function_lowering"
+    lowering_class = _NotInlined
+
+
+def _compiler(lowering: type[NativeLowering]) -> type[CompilerBase]:
+    class Compiler(CompilerBase):
+        def define_pipelines(self) -> Any:
+            passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
+            passes.passes = [(lowering if kind is NativeLowering else kind, why) for kind, why in passes.passes]
+            passes.finalize()
+            return [passes]
+
+    return Compiler
+
+
+# What kernels can do without: counting references (nothing is allocated) and rewrites (but for ``raise``).
+LEAN = {"_nrt": False, "no_rewrites": True}
+# Not for Python, which would take as long again. A division by zero has no exception.
+_PART = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+function = njit(**_PART, no_rewrites=True, pipeline_class=_compiler(_FunctionLowering))
+inlined = njit(**_PART, no_rewrites=True, pipeline_class=_compiler(_PartLowering))
+_raising = njit(**_PART, pipeline_class=_compiler(_FunctionLowering))
+
+_POINTER = ir.IntType(8).as_pointer()
 UNIT = 16  # outputs that are computed together, and what widths are rounded up to
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
@@ -163,12 +221,52 @@ def _store(context: Any, address: Any, value: Any) -> Any:
     return types.void(types.intp, types.int64), generate
 
 
+@intrinsic
+def clip(context: Any, x: Any, low: Any, high: Any) -> Any:
+    """x within low..high, of x's type: min and max of numba would be compiled anew for each pair of types."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, low, high = args
+        x = b.select(b.icmp_signed("<", x, low), low, x)
+        return b.select(b.icmp_signed(">", x, high), high, x)
+
+    return x(x, x, x), generate
+
+
+@intrinsic
+def _copy(context: Any, target: Any, source: Any, size: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        to, source, size = args
+        cgutils.raw_memcpy(b, b.inttoptr(to, _POINTER), b.inttoptr(source, _POINTER), size, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def _fill(context: Any, target: Any, size: Any, value: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        cgutils.memset(b, b.inttoptr(args[0], _POINTER), args[1], args[2])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.uint8), generate
+
+
 if INTERPRETED:  # the same in Python, to look inside with a debugger
 
     def add_product(x, n, inputs, weight, at, outputs, sums, column):  # type: ignore[no-untyped-def]
         steps = -(-inputs // 4)
         layer = weight[at : at + steps * outputs * 4].reshape(steps, outputs, 4)[:, column:].astype(np.int64)
         sums[:n, column:outputs] += np.einsum("rsk,sok->ro", x[:n, : steps * 4].reshape(n, steps, 4).astype(int), layer)
+
+    def clip(x, low, high):  # type: ignore[no-untyped-def, misc]
+        return min(max(x, low), high)
+
+    def copy(target, at, source, start, size):  # type: ignore[no-untyped-def]
+        target[at : at + size] = source[start : start + size]
+
+    def fill(target, at, size, value):  # type: ignore[no-untyped-def]
+        target[at : at + size] = value
 
     def published(place):  # type: ignore[no-untyped-def]
         return place[0]
@@ -178,7 +276,7 @@ if INTERPRETED:  # the same in Python, to look inside with a debugger
 
 else:
 
-    @function
+    @_raising
     def add_product(x, n, inputs, weight, at, outputs, sums, column):  # type: ignore[no-untyped-def]
         """sums[:n, column : outputs] += x[:n, :inputs] times the layer whose weights begin at weight[at].
 
@@ -225,12 +323,29 @@ else:
                     _row1(xa, xs, wa, step, steps, oa, ss)
                 o += 4 * UNIT
 
-    @function
+    @_raising
+    def copy(target, at, source, start, size):  # type: ignore[no-untyped-def]
+        """target[at : at + size] = source[start : start + size], for bytes. IndexError where they are not there.
+
+        A loop would be a hundred lines of vector code at every place that it is inlined to.
+        """
+        if min(at, start, size) < 0 or at + size > len(target) or start + size > len(source):
+            raise IndexError("a copy outside of its arrays")
+        _copy(target.ctypes.data + at, source.ctypes.data + start, size)
+
+    @_raising
+    def fill(target, at, size, value):  # type: ignore[no-untyped-def]
+        """target[at : at + size] = value, for bytes. IndexError where they are not there."""
+        if min(at, size) < 0 or at + size > len(target):
+            raise IndexError("a fill outside of its array")
+        _fill(target.ctypes.data + at, size, value)
+
+    @inlined
     def published(place):  # type: ignore[no-untyped-def]
         """place[0] (int64) as another thread has last published it; what it wrote before that can be read now."""
         return _load(place.ctypes.data)
 
-    @function
+    @inlined
     def publish(place, value):  # type: ignore[no-untyped-def]
         """place[0] = value for other threads that read it with ``published``."""
         _store(place.ctypes.data, value)

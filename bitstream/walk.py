@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bitstream import kernels, rans
-from bitstream.exact import ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, lanes
-from bitstream.kernels import BLOCK, CHUNK, CONDITION_COLUMNS, WAVES, ZERO, Coder, Room, Walk
+from bitstream.exact import AROUND, ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, CONDITION_BLOCKS, lanes
+from bitstream.kernels import BLOCK, CHUNK, CONDITION_COLUMNS, WAVES, ZERO, Coder, ConditionRoom, Room, Walk
 from bitstream.prior import Prior, aligned, padded
+from bitstream.records import pack
 
 Grid = NDArray[np.uint16]
 Floats = NDArray[np.float32]
@@ -132,16 +133,19 @@ def _fill(setting: Setting, coder: Coder, encoders: Sequence[rans.Encoder]) -> G
     model, streams = prior.model, len(coder.place)
     with _Team(min(streams, setting.threads or cores())) as team:
         walk = _walk(setting, team.size)
-        rooms = [_room(model) for _ in range(team.size)]
+        shared = [pack(record) for record in (prior.net, model, walk, coder)]
+        rooms = [pack(_room(model)) for _ in range(team.size)]
 
         def conditions(part: int) -> None:
+            assert prior.condition is not None and setting.coarser is not None
+            net, room = pack(prior.condition), pack(_condition_room(prior.condition, setting.coarser.shape))
             for down, right in blocks[part :: team.size]:
-                kernels.condition(prior.condition, setting.coarser, prior.coarser, down, right, walk.condition)
+                kernels.condition(net, room, setting.coarser, prior.coarser, down, right, walk.condition)
 
         def waves(part: int) -> None:
             t = first
             while t < last and not team.failed:
-                reached = kernels.run(prior.net, model, walk, rooms[part], coder, part, t, min(t + AT_ONCE, last))
+                reached = kernels.run(*shared, rooms[part], part, t, min(t + AT_ONCE, last))
                 for lane in range(part, streams, team.size) if coder.encode else ():
                     encoders[lane].push(*coder.intervals[lane, :, : coder.place[lane, 2]])
                     coder.place[lane, 2] = 0
@@ -224,6 +228,20 @@ def _room(model: kernels.Model) -> Room:
         distance=np.zeros(model.vectors.shape[2], np.float32),
         code=np.full((1, padded(2 * d)), ZERO, np.uint8),
         entry=np.zeros(d, np.int64),
+    )
+
+
+def _condition_room(net: kernels.Network, shape: tuple[int, ...]) -> ConditionRoom:
+    """shape: of the coarser grid."""
+    inputs, width = net.layers[0, 2:]
+    rows, columns = (min(size, BLOCK // 2 + 2 * (1 + CONDITION_BLOCKS)) for size in shape[1:])
+    return ConditionRoom(
+        cells=np.empty((rows + 2, columns + 2, inputs // len(AROUND)), np.uint8),
+        read=np.empty((rows + 2, columns + 2, width), np.uint8),
+        stream=np.empty((rows, columns, width), np.int32),
+        taps=np.empty((CHUNK, max(inputs, len(AROUND) * width)), np.uint8),
+        narrow=np.empty((CHUNK, width), np.uint8),
+        sums=np.empty((CHUNK, net.layers[:, 3].max()), np.int32),
     )
 
 
