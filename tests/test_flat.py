@@ -206,6 +206,28 @@ def test_one_colour_comes_back_exactly(codec: Codec) -> None:
             assert (np.asarray(codec.decode(codec.encode(pixels, 1))) == colour).all()
 
 
+def test_blocks_deep_in_flat_ones_have_no_details(codec: Codec) -> None:
+    """Nobody sees what the networks make of them; the coarse grid, which previews show, stays."""
+    pixels = page(150, 197)
+    pixels[10, 10] = 0  # in the margin
+    encoder = PictureEncoder(codec, from_array(pixels))
+    data = encoder.encode(3)
+    coarse, details = (grid.any(0) for grid in encoder.grids)
+    rows, columns = np.indices(details.shape)
+    photo = (rows >= 2) & (rows < 9) & (columns >= 3) & (columns < 14) | (rows == 1) & (columns == 1)
+    near = np.pad(photo, 3)
+    far = ~np.stack([np.roll(near, shift, (0, 1)) for shift in np.ndindex(7, 7)]).any(0)[6:, 6:]
+    assert far.sum() > 100 and not details[far].any()
+    assert details[photo].any() and coarse.any()
+    out = np.asarray(codec.decode(data))
+    white = np.kron(~photo, np.ones((8, 8), bool))[:150, :197]
+    assert (out[white] == 255).all()
+
+    red = PictureEncoder(codec, from_array(np.full((64, 64, 3), (237, 28, 36), np.uint8)))
+    red.encode(3)
+    assert red.grids[0].any() and not red.grids[1].any()
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_equal_planes_come_back_equal_at_the_cost_of_grey(codec: Codec, mode: str) -> None:
     photo = Image.open(IMAGES / "photo.png").convert("L")

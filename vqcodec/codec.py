@@ -287,7 +287,13 @@ class PictureEncoder:
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         equal = (picture.pixels == picture.pixels[..., :1]).all()
         self.colour = picture.colour.equal if equal else picture.colour
-        self.flat = flat.find(picture.pixels[..., : 1 if self.colour.one_plane else 3])
+        planes = 1 if self.colour.one_plane else 3
+        self.flat = flat.find(picture.pixels[..., :planes])
+        self.unseen: NDArray[np.bool_] | None = None  # cells of the finest grid: null will do
+        if self.flat is not None and codec.model.config.grids[-1].stride == flat.BLOCK:
+            deep = flat.deep(self.flat, *self.size, planes)
+            rows, columns = codec.indices.weights.shape(len(codec.model.config.grids) - 1, *self.size)
+            self.unseen = np.pad(deep, ((0, rows - deep.shape[0]), (0, columns - deep.shape[1])), "edge")
         self.grids: list[Grid] = []  # of the last file
         self._row: int | None = None
         self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
@@ -323,6 +329,8 @@ class PictureEncoder:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
+                if k == finest and self.unseen is not None:
+                    latents = np.where(self.unseen[..., None], np.float32(0), latents)
                 weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
                 told = stages.next(WALK if k == finest else COARSE_WALK)
                 grid, payload = codec.indices.encode(row, self.size, self.grids, latents, weights, told)

@@ -6,6 +6,7 @@ The content of a flat chunk is specified in bitstream/container.py, section 3. `
 import zlib
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from bitstream.errors import DamagedError
@@ -20,6 +21,9 @@ LEAST_BLOCKS = 4  # of a colour
 FIRST_BYTES, MOST_BITS = 8, 4  # what a picture of one colour takes at least, and then for each block
 FADE = 4  # pixels from a flat block to where nothing of its correction is left
 STRIP = 16 * BLOCK
+# Blocks, from a flat one to others, so that what the networks make of it does not matter to these: 1 and 2 made pages
+# and screens larger by up to 1.7 %.
+DEEP = 3
 
 
 def find(pixels: Bytes) -> bytes | None:
@@ -51,9 +55,33 @@ def find(pixels: Bytes) -> bytes | None:
     return None
 
 
+def deep(content: bytes, height: int, width: int, planes: int) -> NDArray[np.bool_]:
+    """Which blocks (rows, columns) of a picture have but flat ones around them, as far as ``DEEP`` blocks away."""
+    _, numbers = _parsed(content, height, width, planes)
+    found = np.pad(numbers > 0, DEEP, constant_values=True)  # nothing is behind the edges
+    for axis in (0, 1):
+        found = np.logical_and.reduce(sliding_window_view(found, 2 * DEEP + 1, axis), -1)
+    return found
+
+
 def paste(pixels: Bytes, content: bytes) -> None:
     """Set the blocks of a flat chunk in a picture (H, W, C), C planes coded. Raises DamagedError."""
     height, width, planes = pixels.shape
+    colours, numbers = _parsed(content, height, width, planes)
+    source = pixels.copy()
+    for top in range(0, height, STRIP):  # in strips, because differences take several times the memory of pixels
+        inner, outer = slice(top, top + STRIP), slice(max(0, top - BLOCK), top + STRIP + BLOCK)
+        part = source[outer].astype(np.int16)
+        which = _spread(numbers[outer.start // BLOCK : outer.stop // BLOCK], *part.shape[:2])
+        known = which > 0
+        error = np.zeros_like(part)
+        error[known] = colours[which[known] - 1] - part[known]
+        faded = part + _faded(error, known)
+        pixels[inner] = faded.clip(0, 255)[top - outer.start :][:STRIP]
+
+
+def _parsed(content: bytes, height: int, width: int, planes: int) -> tuple[Bytes, Bytes]:
+    """Colours (n, planes) and numbers (rows, columns) of a flat chunk. Raises DamagedError."""
     rows, columns = -(-height // BLOCK), -(-width // BLOCK)
     count = content[0] if content else 0
     start = 1 + planes * count
@@ -68,17 +96,7 @@ def paste(pixels: Bytes, content: bytes) -> None:
             f"the flat blocks are not {rows} x {columns} numbers of 1 to 255 colours ({count} found): damaged file"
         )
     colours = np.frombuffer(content, np.uint8, planes * count, 1).reshape(count, planes)
-    numbers = np.frombuffer(stream, np.uint8).reshape(rows, columns)
-    source = pixels.copy()
-    for top in range(0, height, STRIP):  # in strips, because differences take several times the memory of pixels
-        inner, outer = slice(top, top + STRIP), slice(max(0, top - BLOCK), top + STRIP + BLOCK)
-        part = source[outer].astype(np.int16)
-        which = _spread(numbers[outer.start // BLOCK : outer.stop // BLOCK], *part.shape[:2])
-        known = which > 0
-        error = np.zeros_like(part)
-        error[known] = colours[which[known] - 1] - part[known]
-        faded = part + _faded(error, known)
-        pixels[inner] = faded.clip(0, 255)[top - outer.start :][:STRIP]
+    return colours, np.frombuffer(stream, np.uint8).reshape(rows, columns)
 
 
 def _faded(error: NDArray[np.int16], known: NDArray[np.bool_]) -> NDArray[np.int16]:
