@@ -117,14 +117,16 @@ def test_an_autocast_of_the_caller_changes_nothing(codec: Codec) -> None:
 def test_defaults_of_the_caller_change_nothing(codec: Codec, default: torch.dtype | str) -> None:
     """Neither for a model that is there, nor for one that is loaded under them."""
     image = Image.open(PHOTO)
-    data = codec.encode(image, 2, effort=2)
-    pixels, drawn = codec.decode(data).tobytes(), codec.sample(40, 30, 2).tobytes()
+    tunes = {tune: codec.encode(image, 2, effort=2, tune=tune) for tune in TUNES}
+    decoded = {tune: codec.decode(data).tobytes() for tune, data in tunes.items()}
+    drawn = codec.sample(40, 30, 2).tobytes()
     before = torch.get_default_dtype(), torch.get_default_device()
     try:
         (torch.set_default_device if default == "meta" else torch.set_default_dtype)(default)
         for each in (codec, Codec.load(WEIGHTS, "cpu")):
-            assert each.encode(image, 2, effort=2) == data
-            assert each.decode(data).tobytes() == pixels
+            for tune, data in tunes.items():
+                assert each.encode(image, 2, effort=2, tune=tune) == data
+                assert each.decode(data).tobytes() == decoded[tune]
             assert each.sample(40, 30, 2).tobytes() == drawn
     finally:
         torch.set_default_dtype(before[0])

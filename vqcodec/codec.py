@@ -392,7 +392,8 @@ class PictureEncoder:
         """Weights of errors in the cells of the finest grid, (1, 1, h, w)."""
         weights = self.codec.indices.weights
         if not self.visual:
-            return torch.ones(1, 1, *weights.shape(len(weights.grids) - 1, *self.size))
+            shape = weights.shape(len(weights.grids) - 1, *self.size)
+            return torch.ones(1, 1, *shape, dtype=torch.float32, device="cpu")
         stride = weights.grids[-1].stride
         (found,) = self.codec.tiled(lambda x: [visibility(x, stride)], self.cells, self._padded())
         return found

@@ -136,7 +136,7 @@ def biased(sums: Tensor, bias: Tensor) -> Tensor:
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty(sums.shape, dtype=sums.dtype)
+        out = sums.new_empty(sums.shape)
         compiled.relu(*map(rows_of, (sums, bias, out)))
         ctx.save_for_backward(out)
         return out
@@ -144,7 +144,7 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (out,) = ctx.saved_tensors
-        to_sums, to_bias = torch.empty_like(out), torch.zeros(len(out), out.shape[-1])
+        to_sums, to_bias = torch.empty_like(out), out.new_zeros(len(out), out.shape[-1], dtype=torch.float32)
         compiled.relu_backward(*map(rows_of, (out, gradient, to_sums, to_bias)))
         return to_sums, to_bias
 
@@ -156,7 +156,7 @@ class _Add(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         b, h, w, c = values.shape
         ctx.layout = gates, h, np.array(offsets)
-        out, taps = torch.empty(values.shape), sums.new_empty(b, h, w, len(offsets) * c)
+        out, taps = values.new_empty(values.shape, dtype=torch.float32), sums.new_empty(b, h, w, len(offsets) * c)
         compiled.add(*map(rows_of, (values, sums, bias)), *ctx.layout, rows_of(out), rows_of(taps))
         ctx.save_for_backward(sums, bias, out)
         return out, taps
@@ -181,7 +181,7 @@ def add(
     stream values, (B, h, w, C). Returns the new stream values, and their activations in the cells at the offsets, side
     by side: (B, h, w, len(offsets) * C)."""
     if fused(sums):
-        values = torch.zeros(sums.shape) if values is None else values
+        values = sums.new_zeros(sums.shape, dtype=torch.float32) if values is None else values
         return _Add.apply(values, sums, bias, gates, offsets)
     x = biased(sums, bias)
     x = gated(x) if gates else stream(x)

@@ -235,7 +235,7 @@ class PixelSNAIL(nn.Module):
 class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, bias: Tensor, place: Tensor, hidden: int) -> Tensor:
-        out = torch.empty(len(place), hidden)
+        out = sums.new_empty(len(place), hidden, dtype=torch.float32)
         compiled.heads(compiled.rows_of(sums), bias.detach().numpy(), place.numpy(), out.numpy())
         ctx.save_for_backward(out, place)
         ctx.shapes = sums.shape, bias.shape
@@ -244,7 +244,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         out, place = ctx.saved_tensors
-        to_sums, to_bias = torch.zeros(ctx.shapes[0], dtype=torch.bfloat16), torch.zeros(ctx.shapes[1])
+        to_sums, to_bias = out.new_zeros(ctx.shapes[0], dtype=torch.bfloat16), out.new_zeros(ctx.shapes[1])
         arrays = (x.contiguous().numpy() for x in (out, gradient, place))
         compiled.heads_backward(*arrays, compiled.rows_of(to_sums), to_bias.numpy())
         return to_sums, to_bias, None, None

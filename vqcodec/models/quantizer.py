@@ -155,7 +155,8 @@ class Codebook(nn.Module):
         weight: Tensor,
         gradient: bool,
     ) -> Choice:
-        choice = Choice(torch.zeros(z.shape[:2], dtype=torch.long), torch.zeros(z.shape), torch.zeros(z.shape))
+        nothing = z.new_zeros(z.shape, dtype=torch.float32)
+        choice = Choice(z.new_zeros(z.shape[:2], dtype=torch.long), nothing, nothing.clone())
         given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
         vectors = self.vectors.detach().mT.contiguous().numpy()
         compiled.choose(
@@ -303,7 +304,7 @@ class _CodeLength(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
         logits = logits.float().contiguous()
         if logits.device.type == "cpu":
-            bits, slope = torch.empty(index.shape), torch.empty_like(logits)
+            bits, slope = logits.new_empty(index.shape, dtype=torch.float32), torch.empty_like(logits)
             compiled.code_length(
                 logits.flatten(0, -2).numpy(),
                 index.flatten().numpy(),
