@@ -33,6 +33,7 @@ from vqcodec.config import (
     DEFAULT_TUNE,
     EFFORTS,
     PRODUCT,
+    SHIPPED,
     TUNES,
     Tune,
 )
@@ -790,7 +791,6 @@ def decode(
 @_json
 @click.option("--grids", metavar="PNG", type=click.Path(), help="Decode the one FILE and draw where its bits went.")
 @_force
-@_device
 @_weights
 @_max_pixels
 def info(
@@ -798,7 +798,6 @@ def info(
     as_json: bool,
     grids: str | None,
     force: bool,
-    device: str,
     weights: str | None,
     max_pixels: int,
 ) -> None:
@@ -829,7 +828,7 @@ def info(
     Damage to structure and metadata is noticed, damage to the picture itself only by decode.
 
     --grids decodes the indices and writes a PNG file: for every grid a map of the bits that each cell took, black for
-    none to white for most, then the indices of each group as shades of grey. The last four options are for it.
+    none to white for most, then the indices of each group as shades of grey. The last three options are for it.
     """
     if grids is not None:
         if len(files) > 1:
@@ -846,7 +845,7 @@ def info(
             else:
                 _show_facts(facts)
             if grids is not None:
-                _draw_grids(source, data, grids, force, _load(weights, device), max_pixels)
+                _draw_grids(source, data, grids, force, weights, max_pixels)
         except VqcodecError as error:
             _complain(str(error))
             failed = True
@@ -854,12 +853,16 @@ def info(
         raise click.exceptions.Exit(1)
 
 
-def _draw_grids(source: str, data: bytes, target: str, force: bool, codec: "Codec", max_pixels: int) -> None:
-    from vqcodec.look import draw_grids
+def _draw_grids(source: str, data: bytes, target: str, force: bool, weights: str | None, max_pixels: int) -> None:
+    from bitstream.indices import IndexCoder
+    from bitstream.weights import Weights
+    from vqcodec.grids import draw_grids
 
+    with blame():
+        coder = IndexCoder(Weights.load(weights or SHIPPED))
     drawn = BytesIO()
     with blame(title(source)), _bar(source):
-        draw_grids(codec, data, max_pixels).save(drawn, "PNG")
+        draw_grids(coder, data, max_pixels).save(drawn, "PNG")
     write_file(target, drawn.getbuffer(), force)
 
 
@@ -890,23 +893,18 @@ def _facts(data: bytes) -> dict[str, Any]:
 
 
 def _show_facts(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    table.add_row("size", "{width} x {height} pixels, {mode}".format(**facts))
-    table.add_row("quality", "level {level}, tune {tune}".format(**facts))
-    table.add_row("file", "{bytes:,} bytes, {bpp:.3f} bpp, format version {version}".format(**facts))
-    table.add_row("model", facts["fingerprint"])
-    for name in ("camera", "date", "profile"):
-        if name in facts:
-            table.add_row(name, Text(_printable(facts[name])))
+    rows = {
+        "size": "{width} x {height} pixels, {mode}".format(**facts),
+        "quality": "level {level}, tune {tune}".format(**facts),
+        "file": "{bytes:,} bytes, {bpp:.3f} bpp, format version {version}".format(**facts),
+        "model": facts["fingerprint"],
+    }
+    rows |= {name: _printable(facts[name]) for name in ("camera", "date", "profile") if name in facts}
     for name, size in facts["chunks"].items():
-        table.add_row(name, f"{size:,} bytes{_GRIDS.get(name, '') if 'grid3' not in facts['chunks'] else ''}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(_printable(title(facts["file"])), "bold"))
-    console.print(table)
+        rows[name] = f"{size:,} bytes{_GRIDS.get(name, '') if 'grid3' not in facts['chunks'] else ''}"
+    click.secho(_printable(title(facts["file"])), bold=True)
+    for name, fact in rows.items():
+        click.echo(f"  {name:{max(map(len, rows))}}    {fact}")
 
 
 _GRIDS = {"grid1": ", top: what is where", "grid2": ", bottom: the details"}

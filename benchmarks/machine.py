@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vqcodec import Codec, __version__
-from vqcodec.weights import SHIPPED
+from vqcodec.config import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (

@@ -35,7 +35,7 @@ def test_the_middle_is_at_most_768_pixels_a_side() -> None:
 
 def test_bits_are_those_of_the_walk_over_a_file() -> None:
     codec = Codec.load(WEIGHTS, device="cpu")
-    grids, walked = zip(*codec.examine(codec.encode(Image.open(PHOTO), 2)), strict=True)
+    grids, walked = zip(*codec.indices.examine(container.unpack(codec.encode(Image.open(PHOTO), 2))), strict=True)
     level, _ = codec.level_for(2)
     for k, book in enumerate(codec.model.codebooks):
         flags, outcomes = indices.prior_bits(codec.model, k, grids, level)

@@ -16,6 +16,7 @@ from test_cli import on_terminal, png, posix, refused, run, succeeded
 from tiny_model import WEIGHTS
 
 import cli
+from bitstream import container
 from bitstream.errors import LimitError
 from vqcodec import files
 from vqcodec.batch import Encode, Tally
@@ -616,17 +617,17 @@ def test_rivals_are_as_large_as_they_can_be_without_being_larger(photo: Path) ->
 def test_info_draws_the_grids_and_their_bits(photo: Path, codec: Codec) -> None:
     succeeded(encode("photo.png", "-q", 2))
     data = Path("photo.vq2").read_bytes()
-    assert "photo.vq2" in succeeded(run("info", "--grids", "grids.png", "photo.vq2")).stdout
+    assert "photo.vq2" in succeeded(run("info", "--grids", "grids.png", "photo.vq2", "--weights", WEIGHTS)).stdout
     assert Image.open("grids.png").format == "PNG"
     chunks = json.loads(run("info", "--json", "photo.vq2").stdout)["chunks"]
-    looks = codec.examine(data)
+    looks = codec.indices.examine(container.unpack(data))
     for (indices, bits), grid, size in zip(looks, codec.model.config.grids, chunks.values(), strict=True):
         assert indices.shape == bits.shape == (grid.groups, 160 // grid.stride, 192 // grid.stride)
         assert bits.sum() / 8 <= size + 1 <= bits.sum() / 8 + 10  # what the coder adds
-    refused(run("info", "--grids", "grids.png", "photo.vq2"), "grids.png: exists already")
+    refused(run("info", "--grids", "grids.png", "photo.vq2", "--weights", WEIGHTS), "grids.png: exists already")
     assert run("info", "--grids", "g.png", "photo.vq2", "photo.vq2").exit_code == 2
     Path("bad.vq2").write_bytes(data[:21] + bytes(4) + data[25:])
-    bad = run("info", "--grids", "g.png", "bad.vq2")
+    bad = run("info", "--grids", "g.png", "bad.vq2", "--weights", WEIGHTS)
     assert bad.exit_code == 1 and "do not match the file's checksum" in bad.stderr and not Path("g.png").exists()
 
 

@@ -371,7 +371,9 @@ def texture_beside_a_slope() -> Image.Image:
 @pytest.mark.parametrize("effort", [0, 2])
 def test_for_the_eye_bits_go_from_texture_to_flat_parts(codec: Codec, effort: int) -> None:
     def share(tune: Tune) -> float:
-        _, (_, bits) = codec.examine(codec.encode(texture_beside_a_slope(), 2, tune=tune, effort=effort))
+        _, (_, bits) = codec.indices.examine(
+            container.unpack(codec.encode(texture_beside_a_slope(), 2, tune=tune, effort=effort))
+        )
         return float(bits[..., : bits.shape[2] // 2].sum() / bits.sum())
 
     assert share("visual") > 1.01 * share("psnr")
@@ -390,7 +392,7 @@ def test_a_bank_for_the_eye_leaves_the_other_one_as_it_is(codec: Codec) -> None:
         latent.null.data[3:] *= 2
     two, photo = Codec(grown, "cpu"), Image.open(PHOTO)
     files = {(c, tune): c.encode(photo, 2, tune=tune) for c in (codec, two) for tune in TUNES}
-    grids = {key: [grid for grid, _ in key[0].examine(data)] for key, data in files.items()}
+    grids = {key: [grid for grid, _ in key[0].indices.examine(container.unpack(data))] for key, data in files.items()}
 
     def same(a: tuple[Codec, Tune], b: tuple[Codec, Tune]) -> bool:
         return all(map(np.array_equal, grids[a], grids[b]))

@@ -19,8 +19,8 @@ from bitstream import container, exact
 from bitstream.weights import FORMAT
 from bitstream.weights import Weights as Numbers
 from vqcodec.codec import Codec
+from vqcodec.config import SHIPPED
 from vqcodec.models import dyadic
-from vqcodec.weights import SHIPPED
 
 TEXT = (Path(container.__file__).parent / "FORMAT.md").read_text("utf-8")
 OF_PIXELS = "alpha-png-", "flat-content-"

@@ -10,6 +10,7 @@ from tiny_model import WEIGHTS
 from bitstream.errors import LimitError
 from vqcodec import memory
 from vqcodec.codec import Codec
+from vqcodec.grids import draw_grids
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_nothing_is_decoded_without_memory_for_it(codec: Codec, monkeypatch: pyt
         codec.decode,
         lambda data: codec.decode(data, preview=True),
         codec.sample_from,
-        lambda data: codec.examine(data),
+        lambda data: draw_grids(codec.indices, data, 160 * 160),
     ):
         with pytest.raises(LimitError, match="160 x 160"):
             read(data)

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from vqcodec.weights import SHIPPED, load_weights
+from vqcodec.config import SHIPPED
+from vqcodec.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -21,7 +21,7 @@ from bitstream.walk import Grid
 from bitstream.weights import Weights
 from vqcodec import flat, memory
 from vqcodec.alpha import prepared
-from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE, EFFORTS, TUNES, Tune
+from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE, EFFORTS, SHIPPED, TUNES, Tune
 from vqcodec.image import (
     Picture,
     Source,
@@ -42,7 +42,7 @@ from vqcodec.models.tiling import Step, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.progress import Progress, Stages
 from vqcodec.targets import Reached, Target, reach
-from vqcodec.weights import SHIPPED, as_coded, load
+from vqcodec.weights import as_coded, load
 
 # What the stages of encoder and decoder take, about: seconds for 12 megapixels on two cores.
 ANALYSIS, LATENTS, FIT_STEP, CONTEXT, COARSE_WALK, WALK = 10, 2, 7, 1, 1, 4
@@ -164,12 +164,6 @@ class Codec:
         pixels = _pixels(self, grids, row, size, header.colour, blocks, stages.next(PIXELS))
         icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
         return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
-
-    def examine(self, data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> list[tuple[Grid, NDArray[np.float32]]]:
-        """Of each grid of a file the indices and the bits of every index, (M, h, w). Raises BitstreamError."""
-        parts = container.unpack(data, max_pixels=max_pixels)
-        memory.require(parts.header.width, parts.header.height)
-        return self.indices.examine(parts)
 
     def encode_to(
         self,

@@ -1,7 +1,10 @@
 """What can be chosen: qualities, tunes, efforts, and the layouts of models by name. Knows no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+SHIPPED = Path(__file__).parent / "weights" / "vqcodec.safetensors"
 
 DEFAULT_QUALITY = 5.0
 DEFAULT_EFFORT = 1

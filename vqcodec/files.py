@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator
@@ -51,7 +50,7 @@ def write_atomically(
 
     target = Path(os.path.realpath(path)) if old else Path(path)
     # A short name whatever the target's: file names have a limit.
-    temporary = target.with_name(f".vqcodec-{secrets.token_hex(8)}.part")
+    temporary = target.with_name(f".vqcodec-{os.urandom(8).hex()}.part")
     try:
         with _create(temporary) as file:
             yield file
@@ -132,7 +131,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     folder = os.path.dirname(path)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
-    temporary = Path(folder, f".vqcodec-{secrets.token_hex(8)}.part")
+    temporary = Path(folder, f".vqcodec-{os.urandom(8).hex()}.part")
     _create(temporary).close()
     with contextlib.suppress(FileNotFoundError):  # it never had a name
         os.unlink(temporary)

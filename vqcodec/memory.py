@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from bitstream.errors import LimitError
-from vqcodec.models.tiling import TILE
+
+TILE = 1536  # pixels a side for the networks: large enough for the halo to cost little, small enough to bound memory
 
 # What decoding takes at most: bytes, bytes for each pixel of the picture's blocks of 16 x 16, and for each pixel of
 # what the networks work on at once. Measured by tests/trust/limits.py.

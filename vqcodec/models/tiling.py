@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 1536  # pixels a side: large enough for the halo to cost little, small enough to bound memory
+from vqcodec.memory import TILE
 
 Cells = Sequence[tuple[int, int]]  # first and last row, first and last column
 

@@ -19,12 +19,10 @@ from torch import Tensor
 from bitstream.errors import WeightsError
 from bitstream.exact import ACTIVATION_BITS, LOGIT_BITS
 from bitstream.weights import FORMAT, Weights
-from vqcodec.config import ModelConfig
+from vqcodec.config import SHIPPED, ModelConfig
 from vqcodec.models.dyadic import DyadicLinear, logit, power_of_two, weight_exponent
 from vqcodec.models.pixelsnail import CausalAttention
 from vqcodec.models.vqvae import VQVAE
-
-SHIPPED = Path(__file__).parent / "vqcodec.safetensors"
 
 
 def to_file(model: VQVAE) -> dict[str, Tensor]:
@@ -131,5 +129,5 @@ def _check(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     ):
         raise ValueError(f"channels {fields['channels']}, blocks {fields['blocks']}")
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
