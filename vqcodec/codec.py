@@ -38,6 +38,7 @@ from vqcodec.image import (
 from vqcodec.masking import visibility
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
+from vqcodec.models.precision import full_precision, inference_precision
 from vqcodec.models.tiling import Step, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.progress import Progress, Stages
@@ -259,7 +260,7 @@ class Codec:
 class PictureEncoder:
     """One picture on its way to a file, at any number of qualities.
 
-    What the networks find before the first walk depends on the level alone: it is kept until another one is asked for.
+    The encoder's features depend on the level alone: they are kept until another one is asked for.
     """
 
     def __init__(self, codec: Codec, picture: Picture, effort: int = DEFAULT_EFFORT, tune: Tune = DEFAULT_TUNE) -> None:
@@ -288,9 +289,13 @@ class PictureEncoder:
             deep = flat.deep(self.flat, *self.size, planes)
             rows, columns = codec.indices.weights.shape(len(codec.model.config.grids) - 1, *self.size)
             self.unseen = np.pad(deep, ((0, rows - deep.shape[0]), (0, columns - deep.shape[1])), "edge")
+        stride = codec.model.config.stride
+        pad = [(0, n * stride - side) for n, side in zip(self.cells, self.size, strict=True)]
+        padded = np.pad(picture.pixels, (*pad, (0, 0)), "edge")  # up to whole cells
+        self._pixels = torch.from_numpy(padded).permute(2, 0, 1)[None]
         self.grids: list[Grid] = []  # of the last file
         self._row: int | None = None
-        self._found: list[Tensor] = []  # latents of the coarsest grid, features of the others
+        self._features: list[Tensor] = []
 
     def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
@@ -308,16 +313,12 @@ class PictureEncoder:
             self._analyse(row, stages.next(analysis))
             number = _number(row, codec.device)
             for k in range(len(model.codebooks)):
-                if k == 0:
-                    z = self._found[0]
-                else:
-                    (z,) = codec.tiled(
-                        lambda f, c, k=k: [model.latent(k, f, c, number)],
-                        self.cells,
-                        self._found[k],
-                        context,
-                        progress=stages.next(LATENTS),
-                    )
+
+                def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
+                    return [model.latent(k, x.float() / 255, *parts, number)]
+
+                inputs = self._pixels, self._features[k], context
+                (z,) = codec.tiled(latent, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
                 if k == finest:
                     if self.steps:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
@@ -331,13 +332,12 @@ class PictureEncoder:
                 self.grids.append(grid)
                 payloads.append(payload)
                 if k < finest:
-                    (context,) = codec.tiled(
-                        lambda *parts, k=k: [model.decode_grid(k, model.codes(k, parts[:-1]), parts[-1], number)],
-                        self.cells,
-                        *map(_tensor, self.grids),
-                        context,
-                        progress=stages.next(CONTEXT),
-                    )
+
+                    def decode(*parts: Tensor, k: int = k) -> list[Tensor]:
+                        return [_decode_grid(model, k, parts[: k + 1], parts[k + 1], number)]
+
+                    known = *map(_tensor, self.grids), context
+                    (context,) = codec.tiled(decode, self.cells, *known, progress=stages.next(CONTEXT))
         picture = self.picture
         checksum = container.checksum(header, self.grids, self.flat)
         optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
@@ -353,17 +353,13 @@ class PictureEncoder:
         if row == self._row:
             return
         codec, model = self.codec, self.codec.model
-        self._found, self._row = [], row
+        self._features, self._row = [], row
         number = _number(row, codec.device)
 
         def analyse(x: Tensor) -> list[Tensor]:
             return model.analyse(x.float() / 255, number)
 
-        def latent(features: Tensor) -> list[Tensor]:
-            return [model.latent(0, features, None, number)]
-
-        coarsest, *finer = codec.tiled(analyse, self.cells, self._padded(), progress=progress)
-        self._found = [*codec.tiled(latent, self.cells, coarsest), *finer]
+        self._features = codec.tiled(analyse, self.cells, self._pixels, progress=progress)
 
     def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
@@ -376,7 +372,7 @@ class PictureEncoder:
             return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known)]
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
-        sources = [self._padded(), z, rate_weights, context, *map(_tensor, self.grids)]
+        sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
         step = Step(fit, sources, model.config.halo(finest))
         (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
         return z
@@ -389,14 +385,8 @@ class PictureEncoder:
             shape = weights.shape(len(weights.grids) - 1, *self.size)
             return torch.ones(1, 1, *shape, dtype=torch.float32, device="cpu")
         stride = weights.grids[-1].stride
-        (found,) = self.codec.tiled(lambda x: [visibility(x, stride)], self.cells, self._padded())
+        (found,) = self.codec.tiled(lambda x: [visibility(x, stride)], self.cells, self._pixels)
         return found
-
-    def _padded(self) -> Tensor:
-        """The pixels (1, 3, H, W), repeated at the edges up to whole cells."""
-        stride = self.codec.model.config.stride
-        pad = (0, self.cells[0] * stride - self.height), (0, self.cells[1] * stride - self.width), (0, 0)
-        return torch.from_numpy(np.pad(self.picture.pixels, pad, "edge")).permute(2, 0, 1)[None]
 
 
 def _pixels(
@@ -428,7 +418,7 @@ def _decode_pixels(
     def step(k: int) -> Step:
         def decode(*parts: Tensor) -> list[Tensor]:
             indices, context = parts[: len(grids)], parts[len(grids) :]
-            found = model.decode_grid(k, model.codes(k, indices), context[0] if context else None, level)
+            found = _decode_grid(model, k, indices, context[0] if context else None, level)
             return [(found * 255).round_().clamp_(0, 255).to(torch.uint8) if k + 1 == len(config.grids) else found]
 
         return Step(decode, grids, config.halo(k))
@@ -438,6 +428,15 @@ def _decode_pixels(
         steps = [step(k) for k in range(len(config.grids))]
         (x,) = run_tiled(steps, cells, config.stride, codec.device, size, progress=progress)
     return x[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def _decode_grid(model: VQVAE, k: int, indices: Sequence[Tensor], context: Tensor | None, level: Tensor) -> Tensor:
+    """Grid k of some indices decoded; coarser grids in float32: the linear path starts from what is made of them."""
+    codes = model.codes(k, indices)
+    if k + 1 == len(model.codebooks):
+        return model.decode_grid(k, codes, context, level)
+    with full_precision(codes.device):
+        return model.decode_grid(k, codes, context, level)
 
 
 def _tensor(grid: Grid) -> Tensor:
@@ -452,6 +451,6 @@ def _number(row: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def _inference(device: torch.device) -> Iterator[None]:
-    """Without gradients, and without an autocast that the caller may have set."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    """Without gradients, in the networks' precision."""
+    with torch.inference_mode(), inference_precision(device):
         yield

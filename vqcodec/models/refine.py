@@ -11,7 +11,6 @@ Fitted to single images in this spirit: Campos et al., "Content Adaptive Optimiz
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,6 @@ from vqcodec.models.vqvae import VQVAE
 
 RATE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
 TILE = 512  # pixels: a tile takes as much memory as in training
-
-
-def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether an x86 CPU multiplies bfloat16 itself, which halves the time of a step; others would emulate it."""
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in old versions of torch
-    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @torch.inference_mode(False)
@@ -62,8 +55,7 @@ def refined_latents(
         else:
             indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
-        # The step needs no more than a few digits of the gradient.
-        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=_fast_bfloat16(x.device)):
+        with torch.enable_grad():
             distortion = bits * (model.decode_grid(finest, codes, context, level) - x).pow(2).sum()
             (gradient,) = torch.autograd.grad(distortion, codes)
         z = torch.lerp(z, codes.detach() - gradient / 2, RATE)

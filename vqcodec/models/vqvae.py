@@ -19,6 +19,7 @@ from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
 from vqcodec.models.dyadic import table_bits
 from vqcodec.models.pixelsnail import PixelSNAIL, Rows, rows_of, take
+from vqcodec.models.precision import full_precision
 from vqcodec.models.quantizer import COMMITMENT, Codebook, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
@@ -69,7 +70,7 @@ class Latent(nn.Module):
 
     def encode(self, features: Tensor, linear: Tensor | None, level: Tensor) -> Tensor:
         y = self.project(features).float()
-        y = (y if linear is None else y + linear.float()) * self.log_gain[level].exp()[:, :, None, None]
+        y = (y if linear is None else y + linear) * self.log_gain[level].exp()[:, :, None, None]
         return y - self.null[level][:, :, None, None]
 
     def decode(self, codes: Tensor, level: Tensor) -> Tensor:
@@ -143,36 +144,34 @@ class VQVAE(nn.Module):
     # The journey of an image. x: (B, 3, H, W) in 0..1, sides multiples of config.stride; level: (B,).
 
     def analyse(self, x: Tensor, level: Tensor) -> list[Tensor]:
-        """What the latents of each grid are made of, coarsest first: (B, C, H / stride, W / stride), features of the
-        grid's stage and, with a linear path, M * d coefficients."""
+        """Features (B, C, H / stride, W / stride) of each grid's stage, coarsest first."""
         y, found = self.stem(x - 0.5), {}
         for k, stage in enumerate(self.analysis):
             y = stage(y if k == 0 else self.down[k - 1](y), level)
             found[self.strides[k]] = y
-        features = [found[grid.stride] for grid in self.config.grids]
-        if not self.config.linear_path:
-            return features
-        return [torch.cat([y, layer(x - 0.5)], 1) for y, layer in zip(features, self.coefficients, strict=True)]
+        return [found[grid.stride] for grid in self.config.grids]
 
-    def latent(self, k: int, features: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
-        """Latents z (B, M * d, h, w) of grid k from what ``analyse`` found and the decoded coarser grids."""
-        grid, linear = self.config.grids[k], None
-        if self.config.linear_path:
-            features, linear = features.split([features.shape[1] - grid.groups * grid.dim, grid.groups * grid.dim], 1)
+    def latent(self, k: int, x: Tensor, features: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
+        """Latents z (B, M * d, h, w) of grid k from the pixels, their features and the decoded coarser grids."""
         if context is not None:
             features = self.merge[k](torch.cat([features, context], 1))
-            if linear is not None and self._finest(k):
-                linear = linear - self.expect(context)
+        linear = None
+        if self.config.linear_path:
+            with full_precision(x.device):
+                linear = self.coefficients[k](x - 0.5)
+                if context is not None and self._finest(k):
+                    linear = linear - self.expect(context.float())
         return self.latents[k].encode(features, linear, level)
 
     def decode_grid(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Decode grid k: code vectors (B, M * d, h, w) and the context from coarser grids -> the context of the next
         finer grid (B, C, h', w'); after the finest grid, the image (B, 3, H, W)."""
-        y = self.latents[k].decode(codes, level)
-        on_path = self.config.linear_path and self._finest(k)
-        if on_path and context is not None:
-            y = y + self.expect(context)
-        linear = self.pixels(y) if on_path else None
+        y, linear = self.latents[k].decode(codes, level), None
+        if self.config.linear_path and self._finest(k):
+            with full_precision(codes.device):
+                if context is not None:
+                    y = y + self.expect(context.float())
+                linear = self.pixels(y)
         y = self.join[str(self.config.grids[k].stride)](y if context is None else torch.cat([y, context], 1))
         stage = self.strides.index(self.config.grids[k].stride)
         last = 0 if self._finest(k) else self.strides.index(self.config.grids[k + 1].stride) + 1
@@ -182,7 +181,7 @@ class VQVAE(nn.Module):
         if last:
             return self.up[last - 1](y)
         y = self.tail(y).float() + 0.5
-        return y if linear is None else y + linear.float()
+        return y if linear is None else y + linear
 
     def _finest(self, k: int) -> bool:
         return k == len(self.config.grids) - 1
@@ -236,7 +235,7 @@ class VQVAE(nn.Module):
         n = (len(x) + 1) // 2
         bits, penalty = [], x.new_zeros(x.shape[0])
         for k, features in enumerate(self.analyse(x, level)):
-            z = self.latent(k, features, context, level)
+            z = self.latent(k, x, features, context, level)
             stack = self.priors[k].condition
             condition = None if stack is None or seen is None else stack(seen, level)
             index, straight, loss = self.quantize(k, z, condition, level, rate_weight)
