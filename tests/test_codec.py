@@ -19,10 +19,10 @@ from bitstream import container, rans
 from bitstream.container import Container, Header
 from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
 from vqcodec.codec import Codec, PictureEncoder
-from vqcodec.config import EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
+from vqcodec.config import BEST_QUALITY, EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
 from vqcodec.image import from_pil, read
 from vqcodec.metrics import psnr
-from vqcodec.models import refine, tiling
+from vqcodec.models import precision, refine, tiling
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.training.trainer import with_two_banks
 from vqcodec.weights import load_weights, save_weights
@@ -408,11 +408,36 @@ def test_an_effort_out_of_range_is_refused(codec: Codec) -> None:
         codec.encode(Image.open(PHOTO), 2, effort=4)
 
 
+@pytest.mark.skipif(not precision.fast_bfloat16(torch.device("cpu")), reason="emulated bfloat16 is not used")
+def test_bfloat16_costs_less_than_a_hundredth_of_a_decibel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped model's pictures, at every level."""
+    image, codec = Image.open(PHOTO), Codec.load(device="cpu")
+    original = np.asarray(image)
+    for quality in range(1, BEST_QUALITY + 1):
+        data, found = codec.encode(image, quality, effort=0), []
+        for fast in (False, True):
+            monkeypatch.setattr(precision, "fast_bfloat16", lambda device, fast=fast: fast)
+            found.append(psnr(original, np.asarray(codec.decode(data))))
+        assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (16, 400), (17, 400), (400, 16)])
+def test_narrow_pictures_are_coded_alike_in_either_precision(
+    codec: Codec, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's bfloat16 convolutions go wrong where an output is one column wide."""
+    image, found = Image.open(PHOTO).resize(size), []
+    for fast in (False, True):
+        monkeypatch.setattr(precision, "fast_bfloat16", lambda device, fast=fast: fast)
+        found.append(psnr(np.asarray(image), np.asarray(codec.decode(codec.encode(image, 2)))))
+    assert found[1] == pytest.approx(found[0], abs=0.5)
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_effort_gives_a_better_file_in_either_precision(
     codec: Codec, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refine, "_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: fast)
     assert cost(codec, 1) < cost(codec, 0)
 
 

@@ -157,7 +157,7 @@ def test_the_last_mile_leaves_the_codes_as_they_are(images: Path, tmp_path: Path
     x, level = torch.rand(1, 3, 64, 64), torch.tensor([1])
     with torch.no_grad():
         features = [model.analyse(x, level) for model in (load_weights(WEIGHTS), after)]
-        z = [m.latent(0, f[0], None, level) for m, f in zip((load_weights(WEIGHTS), after), features, strict=True)]
+        z = [m.latent(0, x, f[0], None, level) for m, f in zip((load_weights(WEIGHTS), after), features, strict=True)]
         contexts = [m.decode_grid(0, z[0], None, level) for m in (load_weights(WEIGHTS), after)]
     torch.testing.assert_close(z[0], z[1])  # in another memory layout
     torch.testing.assert_close(contexts[0], contexts[1])
@@ -331,9 +331,9 @@ def test_the_product_stays_within_its_budget() -> None:
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:
             features = model.analyse(x, level)
-            z = model.latent(0, features[0], None, level)
+            z = model.latent(0, x, features[0], None, level)
             context = model.decode_grid(0, z, None, level)
-            model.latent(1, features[1], context, level)
+            model.latent(1, x, features[1], context, level)
         counts["encoder"] = counter.get_total_flops() / 2 / 256**2
         indices = [torch.zeros(1, g.groups, 256 // g.stride, 256 // g.stride, dtype=torch.long) for g in PRODUCT.grids]
         with FlopCounterMode(display=False) as counter:

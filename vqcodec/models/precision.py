@@ -18,4 +18,4 @@ def inference_precision(device: torch.device) -> torch.autocast:
 
 def full_precision(device: torch.device) -> torch.autocast:
     """float32 within autocast: on the linear path are the pixels themselves, of which bfloat16 loses whole levels."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=False)

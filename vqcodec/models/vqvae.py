@@ -27,6 +27,20 @@ SPREAD = 4.0  # on the linear path coefficients are this many times larger, of t
 QUIET = 0.1  # factor on the first weights of what is added to the linear path
 
 
+class Downsample(nn.Conv2d):
+    """Halves the resolution."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, kernel_size=4, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[3] < 4:
+            # In bfloat16 oneDNN's kernel (of torch 2.13) makes rubbish of an output that is one column wide.
+            with full_precision(x.device):
+                return super().forward(x.float())
+        return super().forward(x)
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block of two 3x3 convolutions."""
 
@@ -98,7 +112,7 @@ class VQVAE(nn.Module):
             raise ValueError(f"{config.name}: stages of stride {strides}, coarsest grid of stride {config.stride}")
         self.strides = strides
         self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1))
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.analysis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
 
         self.latents: Modules[Latent] = Modules()
