@@ -18,7 +18,7 @@ from torch import Tensor
 from vqcodec.models.vqvae import VQVAE
 
 RATE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
-TILE = 512  # pixels: a tile takes as much memory as in training
+TILE = 768  # pixels: a larger tile takes more memory than all else, a smaller one more time for its halo
 
 
 @torch.inference_mode(False)
