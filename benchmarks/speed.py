@@ -163,16 +163,10 @@ def run(
                 megapixels = width * height / 1e6
                 speed = {"megapixels_per_second": megapixels / row["seconds"]["total"]}
                 result["rows"].append({"width": width, "height": height, **row, **speed})
+            if "process_seconds" not in result:
+                tell(f"{width}x{height}: whole processes")
+                result["process_seconds"] = _process_seconds(files, weights, repeat)
             corpus.save_json(output, result)
-        given = ["--weights", str(weights)] if weights else []
-        copies = str(files[1].with_suffix(".copy.vq2")), str(files[0].with_suffix(".copy.png"))
-        commands = (
-            ["encode", str(files[0]), "-f", "-o", copies[0], *given],
-            ["decode", str(files[1]), "-f", "-o", copies[1], *given],
-            ["info", str(files[1])],
-            ["--help"],
-        )
-        result["process_seconds"] = {command[0]: _command_seconds(command, repeat) for command in commands}
     result["settings"] = settings
     corpus.save_json(output, result)
     plot(output, result)
@@ -302,6 +296,19 @@ def peak_memory(file: Path, weights: Path | None, device: str, quality: float, t
         else:
             codec.encode(Image.open(file), quality)
     return timing.peak_bytes()
+
+
+def _process_seconds(files: tuple[Path, Path], weights: Path | None, repeat: int) -> dict[str, float | str]:
+    """Of each command; files: the image as PNG and as .vq2."""
+    given = ["--weights", str(weights)] if weights else []
+    image, coded = files
+    commands = (
+        ["encode", str(image), "-f", "-o", str(coded.with_suffix(".copy.vq2")), *given],
+        ["decode", str(coded), "-f", "-o", str(image.with_suffix(".copy.png")), *given],
+        ["info", str(coded)],
+        ["--help"],
+    )
+    return {command[0]: _command_seconds(command, repeat) for command in commands}
 
 
 def _command_seconds(arguments: list[str], repeat: int) -> float | str:

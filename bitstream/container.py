@@ -293,11 +293,11 @@ def pack(container: Container) -> bytes:
     """The bytes of a .vq2 file.  Raises ValueError if a payload has 2**35 bytes or more."""
     parts = [_header_bytes(container.header), container.checksum.to_bytes(4, "little")]
     for kind, payload in enumerate(container.grids, start=1):
-        parts += [bytes([kind]), _varint(len(payload)), payload]
+        parts += [bytes([kind]), varint(len(payload)), payload]
     for name, kind in OPTIONAL_CHUNKS.items():
         content: bytes | None = getattr(container, name)
         if content is not None:
-            parts += [bytes([kind]), _varint(len(content) + 4), content, _crc(kind, content)]
+            parts += [bytes([kind]), varint(len(content) + 4), content, _crc(kind, content)]
     return b"".join([*parts, bytes([END])]).ljust(_least_size(container.header), b"\0")
 
 
@@ -442,7 +442,7 @@ def _parse_chunks(data: memoryview, least: int) -> Iterator[tuple[int, memoryvie
             if rest and (len(data) > least or any(rest)):
                 raise DamagedError(f"{len(rest)} wrong bytes follow the end mark: the file is damaged")
             return
-        length, position = _parse_varint(data, position)
+        length, position = parse_varint(data, position)
         left = len(data) - position
         if length > left:
             raise DamagedError(f"chunk 0x{kind:02X} has {length} bytes, but {left} are left: truncated file")
@@ -451,7 +451,7 @@ def _parse_chunks(data: memoryview, least: int) -> Iterator[tuple[int, memoryvie
     raise DamagedError("there is no end mark: the file is truncated")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     if value >= 1 << 7 * MAX_VARINT_BYTES:
         raise ValueError(f"a chunk of {value} bytes is too long for the format")
     out = bytearray()
@@ -461,7 +461,7 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def _parse_varint(data: memoryview, position: int) -> tuple[int, int]:
+def parse_varint(data: memoryview, position: int) -> tuple[int, int]:
     """The number at `position`, and the position behind it."""
     value = 0
     for count, byte in enumerate(data[position : position + MAX_VARINT_BYTES]):

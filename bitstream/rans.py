@@ -17,7 +17,7 @@ import numpy as np
 from constriction import stream
 from numpy.typing import NDArray
 
-from bitstream.container import _parse_varint, _varint
+from bitstream.container import parse_varint, varint
 from bitstream.errors import DamagedError
 from bitstream.exact import TABLE_BITS, TABLE_TOTAL
 
@@ -65,7 +65,7 @@ class Encoder:
 
 def join(lanes: Sequence[bytes]) -> bytes:
     """The payload of a grid from the words of its lanes."""
-    return b"".join([*(_varint(len(lane) // 4) for lane in lanes[:-1]), *lanes])
+    return b"".join([*(varint(len(lane) // 4) for lane in lanes[:-1]), *lanes])
 
 
 def split(payload: bytes, lanes: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -75,7 +75,7 @@ def split(payload: bytes, lanes: int) -> tuple[NDArray[np.uint32], NDArray[np.in
     """
     data, at, lengths = memoryview(payload), 0, []
     for _ in range(lanes - 1):
-        length, at = _parse_varint(data, at)
+        length, at = parse_varint(data, at)
         lengths.append(length)
     left = len(data) - at - 4 * sum(lengths)
     if left < 0 or left % 4:

@@ -384,11 +384,17 @@ def test_a_stage_within_a_stage_is_counted_once(monkeypatch: pytest.MonkeyPatch)
     assert watch.seconds == {"outer": 8.0, "inner": 2.0}
 
 
+def whole_process(arguments: list[str], repeat: int) -> float:
+    if arguments[0] == "encode":
+        assert Image.open(arguments[1]).size == (48, 32)  # the first size: the largest would take minutes
+    return 0.5
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without processes of their own for the memory, and without whole commands."""
     monkeypatch.setattr(timing, "in_new_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(speed, "_command_seconds", lambda arguments, repeat: 0.5)
+    monkeypatch.setattr(speed, "_command_seconds", whole_process)
 
 
 def fake_python(path: Path, costs: str) -> Path:

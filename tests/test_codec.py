@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,22 @@ def test_defaults_of_the_caller_change_nothing(codec: Codec, default: torch.dtyp
     finally:
         torch.set_default_dtype(before[0])
         torch.set_default_device(before[1])
+
+
+def test_a_codec_shared_by_threads_gives_the_serial_results(codec: Codec) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [tuple(int(side) for side in rng.integers(1, 48, 2)) for _ in range(200)]
+    images = [rng.integers(0, 256, (-(-h // 8), -(-w // 8), 3), np.uint8) for h, w in sizes]
+    images = [image.repeat(8, 0).repeat(8, 1)[:h, :w] for image, (h, w) in zip(images, sizes, strict=True)]
+    images = [(image + rng.integers(0, 20, image.shape, np.uint8)).astype(np.uint8) for image in images]
+
+    def both(number: int) -> tuple[bytes, bytes]:
+        data = codec.encode(images[number], 1 + number % 3, effort=number % 2)
+        return data, codec.decode(data).tobytes()
+
+    numbers = range(len(images))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(both, numbers)) == [both(number) for number in numbers]
 
 
 def test_a_model_codes_like_its_weights_file(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def containers(draw: st.DrawFn) -> Container:
     contents, fingerprints = st.binary(max_size=300), st.binary(min_size=8, max_size=8)
     colour, sides = draw(st.sampled_from(ColourMode)), draw(sizes.flatmap(st.permutations))
     return Container(
-        Header(draw(st.integers(1, 255)), *sides, colour, draw(fingerprints)),
+        Header(draw(st.integers(1, spec.MAX_LEVEL)), *sides, colour, draw(fingerprints), draw(st.booleans())),
         draw(st.integers(0, 2**32 - 1)),
         tuple(draw(st.lists(contents, min_size=1, max_size=8))),
         flat=draw(contents | st.none()),
@@ -469,9 +469,9 @@ def test_a_container_out_of_range_cannot_be_made(field: str, value: Any) -> None
 
 
 def test_a_payload_too_long_for_the_format_cannot_be_written() -> None:
-    assert spec._varint(2**35 - 1) == b"\xff\xff\xff\xff\x7f"
+    assert spec.varint(2**35 - 1) == b"\xff\xff\xff\xff\x7f"
     with pytest.raises(ValueError, match="too long"):
-        spec._varint(2**35)
+        spec.varint(2**35)
 
 
 def test_importing_bitstream_does_not_import_torch() -> None:

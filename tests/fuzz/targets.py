@@ -133,7 +133,7 @@ def restructured(data: bytes, seed: int) -> bytes:
         kind, payload = chunks[place]
         change = _other_png if kind == ALPHA else _other_blocks
         chunks[place] = kind, change(payload[:-4], chance) + payload[-4:]
-    packed = [bytes([kind]) + container._varint(len(payload)) + payload for kind, payload in chunks]
+    packed = [bytes([kind]) + container.varint(len(payload)) + payload for kind, payload in chunks]
     return repaired(b"".join([data[: container.HEADER_BYTES], *packed, bytes([container.END])]))
 
 
