@@ -394,8 +394,8 @@ With --jobs N, N processes of one thread each work on N files at once and share 
 (Linux, without a GPU).
 
 With --engine ray, the work is done by the Ray cluster that the variable RAY_ADDRESS names, or by a new one on this
-machine alone. The files go through this machine: the others need the same vqcodec and nothing else. The file of a
-process that dies is done by another: it has failed when the fourth dies of it.
+machine alone. The files go through this machine: the others need the same vqcodec and nothing else. If a worker
+dies, its file is retried up to three times.
 
 INPUT and OUT may be URLs that fsspec knows, such as s3://bucket/photos; a file is sent there in one piece. URLs
 need pip install 'vqcodec[urls]', and --engine ray needs pip install 'vqcodec[ray]'. Chains work as well, such as

@@ -131,8 +131,8 @@ def measure(rival: Rival, quality: float, pixels: Bytes) -> Row:
 
 
 def _measure_file(path: Path, known: list[Row], lineup: Lineup) -> list[Row] | str:
-    """All rows of an image, or why it is left out: it cannot be read, or a rival fails, and means are to be over the
-    same images for all. known: earlier rows of an image of this name."""
+    """Rows of one image, or the reason to skip it: unreadable, or a rival failed (all codecs are averaged over the
+    same images). known: earlier rows of an image of this name."""
     pixels = corpus.load(path)
     if isinstance(pixels, str):
         return pixels

@@ -40,8 +40,9 @@ MOST_WEBP = 16_383  # pixels a side
 
 
 class Made(NamedTuple):
-    """A finished file. notes: what the source has that it has not; losses: what its format cannot hold; quality: where
-    a target was searched; miss: how the target was missed; lossless: bytes of a lossless WebP file if it is smaller."""
+    """A finished file. notes: features of the source that were dropped; losses: features the output format lacks;
+    quality: set if a target was searched; miss: how the target was missed; lossless: bytes of a lossless WebP file if
+    it is smaller."""
 
     data: bytes
     width: int
@@ -200,8 +201,8 @@ class Pool(Protocol):
     room: int
 
     def submit(self, work: Work, data: bytes) -> Future[Made]:
-        """Starts the work on a file. BrokenProcessPool, from here or from the future: a process has died, and with it
-        all that was submitted; only after ``restart`` there is a pool again."""
+        """Starts the work on a file. Raises BrokenProcessPool, here or from the future, if a worker died: all pending
+        work is lost; call ``restart`` before submitting again."""
 
     def restart(self) -> None: ...
 

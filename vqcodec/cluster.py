@@ -39,7 +39,7 @@ class RayPool:
         try:
             if self._owns:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-            # A function that every machine has: what comes with vqcodec could not be called where there is none.
+            # A standard-library function, because a cluster without vqcodec could not unpickle ours.
             version = ray.get(ray.remote(importlib.metadata.version).remote("vqcodec"))
             if version != __version__:
                 raise ClusterError(f"the cluster has vqcodec {version}, this is {__version__}: make them the same")

@@ -126,9 +126,8 @@ class Codec:
 
         data: the bytes of the file, its path, or an open file.
 
-        preview: decode the coarsest grid alone, which gives a blurred image of full size in a fraction of the time, of
-        a file cut off behind that grid too (then without alpha and metadata). The file's checksum covers all grids, so
-        a preview is not verified.
+        preview: decode only the coarsest grid: fast and blurred. Works on a file truncated after that grid, without
+        alpha and metadata. The file's checksum covers all grids, so a preview is not verified.
 
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
@@ -231,9 +230,9 @@ class Codec:
         return Image.fromarray(_pixels(self, drawn, row, size, ColourMode.RGB))
 
     def level_for(self, quality: float, level: int | None = None) -> tuple[int, float]:
-        """The quality level (from 0) that codes a quality, and the factor on its rates that moves it there.
+        """The level (0-based) nearest to a quality, and the factor on the rate term that makes up the difference.
 
-        level: to be taken instead of the nearest.
+        level: one to take instead of the nearest. ValueError for a quality out of range.
         """
         lambdas = self.model.config.lambdas
         if not 1 <= quality <= len(lambdas):
@@ -252,6 +251,10 @@ class Codec:
         *sources: Tensor | None,
         progress: Progress | None = None,
     ) -> list[Tensor]:
+        """What a network with the encoder's halo makes of a picture's views, tile by tile: see ``run_tiled``.
+
+        cells: (rows, columns) of the coarsest grid. sources: (1, C, r rows, r columns) for any whole r, or None.
+        """
         config = self.model.config
         step = Step(network, sources, config.halo())
         return run_tiled([step], cells, config.stride, self.device, progress=progress)
@@ -260,7 +263,7 @@ class Codec:
 class PictureEncoder:
     """One picture on its way to a file, at any number of qualities.
 
-    The encoder's features depend on the level alone: they are kept until another one is asked for.
+    Encoder features depend only on the level, so they are cached until the level changes.
     """
 
     def __init__(self, codec: Codec, picture: Picture, effort: int = DEFAULT_EFFORT, tune: Tune = DEFAULT_TUNE) -> None:

@@ -77,6 +77,7 @@ class CausalAttention(nn.Module):
         return dyadic.activation(x).unflatten(-1, (-1, self.head_channels))
 
     def scores(self, query: Tensor, key: Tensor, position: Tensor) -> Tensor:
+        """Logits (B, heads, n, n) of attention. query, key: (B, heads, n, c) activations; position: (heads, n, n)."""
         return dyadic.logit(dyadic.wide(query @ key.transpose(-1, -2)) * 0.5 + dyadic.logit(position))
 
     def forward(self, x: Tensor, codes: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

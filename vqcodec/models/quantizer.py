@@ -24,7 +24,7 @@ COMMITMENT = 0.25  # beta of equation 2
 DEAD = 0.002  # a code used less than this fraction of the average is re-seeded from data
 REBIRTH = 0.1  # and then counts as used this fraction of the average
 REBIRTHS = 8  # updates from one look for dead codes to the next
-TINY = 1e-9  # keeps what is drawn from possible where all distances are 0
+TINY = 1e-9  # keeps multinomial valid when all distances are 0
 LN2 = math.log(2)
 
 # log2 probabilities of the outcomes, (m, N), up to a constant per row, and which of them some rows have, (n,).

@@ -12,8 +12,8 @@ Cells = Sequence[tuple[int, int]]  # first and last row, first and last column
 
 
 class Step(NamedTuple):
-    """A network, what it reads of the picture, and its halo: no output depends on an input further away than so many
-    pixels, a multiple of the stride.
+    """A network, its inputs and its halo: how far, in pixels, an output can depend on an input; a multiple of the
+    stride.
 
     sources: views of the picture at any resolution that is a multiple of the cells', (B, C, r h, r w), or None, handed
     on; the network returns any number of such views.

@@ -83,6 +83,7 @@ class Latent(nn.Module):
         self.null = nn.Parameter(torch.zeros(len(lambdas), width))
 
     def encode(self, features: Tensor, linear: Tensor | None, level: Tensor) -> Tensor:
+        """Latents (B, D, h, w) of features (B, C, h, w), coefficients (B, D, h, w) and level (B,)."""
         y = self.project(features).float()
         y = (y if linear is None else y + linear) * self.log_gain[level].exp()[:, :, None, None]
         return y - self.null[level][:, :, None, None]
@@ -138,8 +139,8 @@ class VQVAE(nn.Module):
             self._lay_linear_path()
 
     def _lay_linear_path(self) -> None:
-        """Coefficients of pixel blocks, added to every grid's latents; what the coarser grids let expect of the
-        finest grid's coefficients, taken off and added back; from the coefficients to pixels."""
+        """Adds three linear layers: pixel blocks to coefficients (all grids); a prediction of the finest coefficients
+        from the coarser grids, subtracted before coding and added after; coefficients to pixels."""
         finest = self.config.grids[-1]
         width = finest.groups * finest.dim
         self.coefficients = nn.ModuleList()

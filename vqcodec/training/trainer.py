@@ -98,6 +98,7 @@ def learning_rate(progress: float, step: int, stage: Stage) -> float:
 
 
 def rate_weight(stage: Stage, step: int, config: ModelConfig) -> float:
+    """Factor on the rate term, 0..1: a run from scratch learns to reconstruct first."""
     if not config.rate_constrained:
         return 0.0
     low, high = RAMP
@@ -167,6 +168,7 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def sample_weights(config: ModelConfig) -> Tensor:
+    """Weight of a sample's loss by its level, (levels,): without it the finest levels would drown the others."""
     lambdas = torch.tensor(config.lambdas)
     return (lambdas[config.levels // 2] / lambdas).sqrt() if config.rate_constrained else torch.ones(config.levels)
 
