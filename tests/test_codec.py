@@ -25,6 +25,7 @@ from vqcodec.image import from_pil, read
 from vqcodec.metrics import psnr
 from vqcodec.models import precision, refine, tiling
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.trainer import with_two_banks
 from vqcodec.weights import load_weights, save_weights
 
@@ -371,12 +372,15 @@ def test_an_encoder_gives_the_same_file_whatever_it_has_encoded_before(codec: Co
         assert encoder.decoded().tobytes() == codec.decode(data).tobytes()
 
 
-def cost(codec: Codec, effort: int) -> float:
-    """What the encoder minimises, lambda MSE + bpp, at quality 2."""
+def cost(codec: Codec, effort: int, tune: Tune) -> float:
+    """What the encoder minimises, lambda 255^2 error + bpp, at quality 2."""
     image = Image.open(PHOTO)
-    data = codec.encode(image, 2, effort=effort)
-    error = np.square(np.asarray(codec.decode(data), float) - np.asarray(image, float)).mean()
-    return codec.model.config.lambdas[1] * error + 8 * len(data) / (image.width * image.height)
+    data = codec.encode(image, 2, effort=effort, tune=tune)
+    x, decoded = (torch.from_numpy(np.array(each)).permute(2, 0, 1)[None] / 255 for each in (image, codec.decode(data)))
+    error = (x - decoded).square().mean().item()
+    if tune == "visual":
+        error = 0.5 * error + 0.5 * WORTH * Ssimulacra2()(x, decoded).item()
+    return codec.model.config.lambdas[1] * 255**2 * error + 8 * len(data) / (image.width * image.height)
 
 
 def texture_beside_a_slope() -> Image.Image:
@@ -450,12 +454,13 @@ def test_narrow_pictures_are_coded_alike_in_either_precision(
     assert found[1] == pytest.approx(found[0], abs=0.5)
 
 
+@pytest.mark.parametrize("tune", TUNES)
 @pytest.mark.parametrize("fast", [False, True])
 def test_effort_gives_a_better_file_in_either_precision(
-    codec: Codec, fast: bool, monkeypatch: pytest.MonkeyPatch
+    codec: Codec, fast: bool, tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "fast_bfloat16", lambda device: fast)
-    assert cost(codec, 1) < cost(codec, 0)
+    assert cost(codec, 1, tune) < cost(codec, 0, tune)
 
 
 @pytest.mark.parametrize("lambdas", [(0.01, 0.02), (0.0,)])
@@ -469,4 +474,5 @@ def test_models_of_one_or_three_grids_code_at_every_effort(
     small = Codec(model, "cpu")
     image = Image.open(PHOTO).resize((56, 40))
     for effort in range(len(EFFORTS)):
-        assert small.decode(small.encode(image, 1, effort=effort)).size == image.size
+        for tune in TUNES:
+            assert small.decode(small.encode(image, 1, effort=effort, tune=tune)).size == image.size

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqcodec import metrics
-from vqcodec.training.ssimulacra2 import Ssimulacra2, score, xyb
+from vqcodec.ssimulacra2 import Ssimulacra2, score, xyb
 
 Pixels = NDArray[np.uint8]
 IMAGES = Path(__file__).parent / "images"

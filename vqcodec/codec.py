@@ -372,7 +372,7 @@ class PictureEncoder:
 
         def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
             x = x.float() / 255
-            return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known)]
+            return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known, self.visual)]
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]

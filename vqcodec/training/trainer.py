@@ -43,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 from bitstream.errors import UsageError, WeightsError
 from vqcodec.config import ModelConfig
 from vqcodec.models.vqvae import VQVAE
+from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
-from vqcodec.training.ssimulacra2 import Ssimulacra2
 from vqcodec.weights import load_weights, save_weights
 
 Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
@@ -62,7 +62,6 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.8  # of the distance by SSIMULACRA 2, the rest is squared error
-VISUAL_SCALE = 9.3e-5  # what a distance is worth in mean squared error of 0..1
 AVERAGE = 0.999  # EMA of the weights
 CLIP = 1.0
 
@@ -349,7 +348,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             bpp = out.bits.sum(0) / x[0, 0].numel()
             error = mse
             if eye:
-                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * VISUAL_SCALE * eye(x, out.x_hat)
+                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, out.x_hat)
             distortion = scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
             loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
             loss = loss + (weights[level[: len(bpp)]] * bpp).mean()

@@ -67,6 +67,7 @@ WEIGHTS: tuple[float, ...] = (
     0, 0, 0, 0.000513006459, 0, 0.000108540579,  # B, 1:32
 )
 # fmt: on
+WORTH = 9.3e-5  # of a distance in mean squared error, see above
 TINY = 1e-24  # keeps the slope of the fourth root finite at zero, and adds less than 1e-6 to a norm
 
 
