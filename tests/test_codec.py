@@ -206,8 +206,8 @@ def test_files_of_another_model_are_refused_by_both_names(codec: Codec) -> None:
 
 def test_a_level_or_a_grid_that_the_model_has_not_is_refused(codec: Codec) -> None:
     parts = container.unpack((GOLDEN / "decode" / "grey.vq2").read_bytes())
-    header = Header(**{**vars(parts.header), "level": 200})
-    with pytest.raises(DamagedError, match="level 200"):
+    header = Header(**{**vars(parts.header), "level": 100})
+    with pytest.raises(DamagedError, match="level 100"):
         codec.decode(container.pack(Container(**{**vars(parts), "header": header})))
     with pytest.raises(DamagedError, match="3 grids"):
         codec.decode(container.pack(Container(**{**vars(parts), "grids": (*parts.grids, b"")})))
@@ -323,7 +323,7 @@ def test_progress_goes_on_in_the_networks(codec: Codec, monkeypatch: pytest.Monk
     codec.decode(data, progress=back.append)
     for seen in (first, again, back):
         assert seen == sorted(seen) and seen[-1] == 1.0
-        assert np.diff([0.0, *seen]).max() < 0.1
+        assert np.diff([0.0, *seen]).max() < 0.15
 
 
 def test_qualities_out_of_range_are_refused_with_the_range(codec: Codec) -> None:
