@@ -11,7 +11,7 @@ What bounds the indices, as numba checks none (but with NUMBA_BOUNDSCHECK=1, as 
   the grid before they are read; everything in a ring is taken modulo its size. Rows of a ``Room`` are less than CHUNK.
 - Channels: ``prior.Prior`` lays out layers and codes, ``walk`` makes ``Walk``, ``Room`` and the condition from the same
   ``Model``, so that each layer's outputs and each loop over channels fit what they are written to. ``weights.Weights``
-  has compared every tensor with the configuration before. ``add_product`` checks itself.
+  has compared every tensor with the configuration before. ``add_product``, ``copy`` and ``fill`` check themselves.
 - Tables: logits and scores are clipped last, so that distances in POWERS are 0 .. 2 LOGIT_MAX, and flags, with
   LOGIT_MAX added, are in their tables.
 - Symbols: ``symbol`` gives outcomes 0 .. N - 1 whatever the payload, ``_choose`` indices 0 .. K + 1, the last with

@@ -103,7 +103,8 @@ def repaired(data: bytes) -> bytes:
     """The bytes with the model's header, a small picture, and the chunks' CRCs right, as far as they have chunks."""
     head = container.MAGIC + bytes([container.VERSION])
     out = bytearray(head + data[len(head) :].ljust(container.HEADER_BYTES, b"\0"))
-    out[5], out[6] = out[5] % CODEC.model.config.levels + 1, MODES[out[6] % len(MODES)]
+    tune, level = out[5] & container.VISUAL, out[5] % container.VISUAL % CODEC.model.config.levels + 1
+    out[5], out[6] = tune | level, MODES[out[6] % len(MODES)]
     for at in (7, 10):
         out[at : at + 3] = bytes([out[at] % 128, 0, 0])
     out[13:21] = CODEC.fingerprint
