@@ -87,8 +87,9 @@ class Ssimulacra2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("weights", torch.tensor(WEIGHTS), persistent=False)
-        self.register_buffer("taps", torch.tensor(TAPS[:0:-1] + TAPS), persistent=False)
+        for name, numbers in (("weights", WEIGHTS), ("taps", TAPS[:0:-1] + TAPS)):
+            values = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+            self.register_buffer(name, values, persistent=False)
 
     def forward(self, original: Tensor, decoded: Tensor) -> Tensor:
         if original.shape != decoded.shape:
