@@ -7,9 +7,7 @@ from torch import Tensor
 # that is taken: it costs PSNR, and Butteraugli does not agree with the whole of it.
 STRENGTH = 0.2
 FLOOR = 60.0  # of the variance, in squared grey levels
-REFERENCE = (
-    400.0  # variance where an error counts as by squared error: files are about as large as those tuned for that
-)
+REFERENCE = 750.0  # where an error counts as by squared error: files are about as large as those for that
 MOST = 3.0
 
 
