@@ -113,13 +113,16 @@ class _Cache(FunctionCache):
 
     _impl_class = _CheckedImpl
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, lean: bool) -> None:
+        """lean: compiled with ``LEAN``."""
         super().__init__(function)
+        self._lean = lean
         self._sources = _sources(function.__code__.co_filename)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         try:
-            return super().load_overload(signature, context)
+            # numba first imports all that compiling needs, memory for kernels included: ten times as long as loading.
+            return self._load_overload(signature, context) if self._lean else super().load_overload(signature, context)
         except Exception:
             return None
 
@@ -160,7 +163,7 @@ def kernel(function: Any, **options: Any) -> Any:
     if not INTERPRETED:
         # Without a folder that may be written to, or with a numba that keeps things in another way: compile each time.
         with contextlib.suppress(Exception):
-            compiled._cache = _Cache(function)
+            compiled._cache = _Cache(function, lean=LEAN.items() <= options.items())
     return compiled
 
 
