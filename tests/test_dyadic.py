@@ -162,3 +162,14 @@ def test_activations_of_fused_sums_are_those_of_separate_steps(seed: int) -> Non
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from([HERE, TAPS, AROUND]))
 def test_fused_additions_to_the_stream_are_those_of_separate_steps(seed: int, gates: bool, offsets: Offsets) -> None:
     compared(seed, 8 if gates else 4, lambda sums, bias, values: dyadic.add(values, sums, bias, offsets, gates))
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.0, 1e-40, 1e-6, 1e-2, 1.0, 30.0]))
+def test_compiled_weights_on_their_grid_are_those_of_torch(seed: int, spread: float) -> None:
+    weight = torch.randn(9, 20, generator=torch.Generator().manual_seed(seed)) * spread
+    weight[0, 0], weight[1] = 127.49 / 2**9, 0.0
+    weight[2], weight[3] = 127.5 / 2**9, -1.0 / 2**3
+    bias, mask = torch.randn(2, 9), torch.rand(9, 20) < 0.8
+    exact = dyadic.on_grid(weight.double(), bias, mask)  # float64 is left to torch
+    compiled = dyadic.on_grid(weight, bias, mask)
+    assert torch.equal(compiled[0].double(), exact[0]) and torch.equal(compiled[1], exact[1])

@@ -22,9 +22,12 @@ from bitstream.exact import (
     ESCAPE_BITS,
     ESCAPE_SIDE,
     ESCAPE_STEP,
+    EXPONENT_MAX,
+    EXPONENT_MIN,
     GATE_MAX,
     STREAM_BITS,
     STREAM_MAX,
+    WEIGHT_MAX,
 )
 from bitstream.kernels import kernel
 from bitstream.products import njit
@@ -37,6 +40,11 @@ _TAYLOR = [np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7)]  
 _T0, _T1, _T2, _T3, _T4, _T5, _T6 = _TAYLOR
 _LEAST = np.float32(-126)  # of an exponent
 _LOG2E = np.float32(1 / math.log(2))
+_ACTIVATION, _STREAM = np.float32(2**ACTIVATION_BITS), np.float32(2**STREAM_BITS)
+_ACTIVATION_LAST, _STREAM_LAST = np.float32(ACTIVATION_MAX), np.float32(STREAM_MAX)
+_GATE = _GATE_LAST = np.float32(GATE_MAX)  # a gate of 1 is open
+_QUARTER, _HALF_STEP, _ZERO = np.float32(0.25), np.float32(0.5), np.float32(0)
+_WEIGHT_LAST = np.float32(WEIGHT_MAX)
 _HALF = np.float32(ESCAPE_SIDE // 2)
 _STEP = np.float32(ESCAPE_STEP)
 
@@ -181,12 +189,35 @@ def code_length(logits, index, bits, slope):  # type: ignore[no-untyped-def]
         target[index[r]] -= 1
 
 
-# --- layers of the priors in training: sums, gradients and activations are bfloat16, held as uint16 ---
+@_function
+def _snap(x, low, high):  # type: ignore[no-untyped-def]
+    """A number in steps, rounded and clipped."""
+    return min(max(np.floor(x + _HALF_STEP), low), high)
 
-_ACTIVATION, _STREAM = np.float32(2**ACTIVATION_BITS), np.float32(2**STREAM_BITS)
-_ACTIVATION_LAST, _STREAM_LAST = np.float32(ACTIVATION_MAX), np.float32(STREAM_MAX)
-_GATE = _GATE_LAST = np.float32(GATE_MAX)  # a gate of 1 is open
-_QUARTER, _HALF_STEP, _ZERO = np.float32(0.25), np.float32(0.5), np.float32(0)
+
+@_function
+def _largest(row):  # type: ignore[no-untyped-def]
+    most = np.float32(0)
+    for c in range(len(row)):
+        most = _larger(most, abs(row[c]))
+    return most
+
+
+@_kernel
+def snap_weight(weight, out, exponent):  # type: ignore[no-untyped-def]
+    """out (n, in) float32: weights on their grid; exponent (n, 1) int32: that of ``dyadic.weight_exponent``."""
+    for r in range(len(weight)):
+        row, target = weight[r], out[r]
+        # What frexp gives, less 7, and one more if the largest weight would be rounded to 128.
+        e = (np.int64(np.float32(_largest(row)).view(np.int32)) + (1 << 16) >> 23) - 133
+        e = min(max(e, EXPONENT_MIN), EXPONENT_MAX)
+        step, steps = np.float32(2.0**e), np.float32(2.0**-e)
+        for c in range(len(row)):
+            target[c] = _snap(row[c] * steps, -_WEIGHT_LAST, _WEIGHT_LAST) * step
+        exponent[r, 0] = e if _largest(target) > 0 else -7  # as frexp has it for 0
+
+
+# --- layers of the priors in training: sums, gradients and activations are bfloat16, held as uint16 ---
 
 
 @_function
@@ -199,12 +230,6 @@ def _narrow(x):  # type: ignore[no-untyped-def]
     """float32 to bfloat16, to the nearest, halves to even."""
     bits = np.float32(x).view(np.uint32)
     return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@_function
-def _snap(x, low, high):  # type: ignore[no-untyped-def]
-    """A number in steps, rounded and clipped."""
-    return min(max(np.floor(x + _HALF_STEP), low), high)
 
 
 @_function

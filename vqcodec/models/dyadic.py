@@ -191,13 +191,22 @@ def add(
 
 class _SnapWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        step = power_of_two(weight_exponent(weight))
-        return (weight / step + 0.5).floor_().clamp_(-WEIGHT_MAX, WEIGHT_MAX) * step
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.mask = mask
+        weight = weight if mask is None else weight * mask
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            out, exponent = torch.empty(weight.shape), torch.empty(*weight.shape[:-1], 1, dtype=torch.int32)
+            compiled.snap_weight(*map(rows_of, (weight, out, exponent)))
+        else:
+            step = power_of_two(weight_exponent(weight))
+            out = (weight / step + 0.5).floor_().clamp_(-WEIGHT_MAX, WEIGHT_MAX) * step
+            exponent = weight_exponent(out)
+        ctx.mark_non_differentiable(exponent)
+        return out, exponent.squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor, None]:
+        return gradient if ctx.mask is None else gradient * ctx.mask, None
 
 
 def weight_exponent(weight: Tensor) -> Tensor:
@@ -210,13 +219,13 @@ def weight_exponent(weight: Tensor) -> Tensor:
     return exponent.clamp(EXPONENT_MIN, EXPONENT_MAX)
 
 
-def on_grid(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def on_grid(weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights (..., out, in) and biases (..., out) as the exact numbers that are used.
 
     The bias has the step of the sums: the activation step times the weight step of its channel.
     """
-    weight = _SnapWeight.apply(weight)
-    step = power_of_two(weight_exponent(weight.detach()).squeeze(-1) - ACTIVATION_BITS)
+    weight, exponent = _SnapWeight.apply(weight, mask)
+    step = power_of_two(exponent - ACTIVATION_BITS)
     return weight, snap(bias / step, 0, -BIAS_MAX, BIAS_MAX) * step
 
 
@@ -241,7 +250,7 @@ class DyadicLinear(nn.Module):
 
     def on_grid(self) -> tuple[Tensor, Tensor]:
         """The weight (out, in) and the biases (levels, out) as the exact numbers that are used."""
-        return on_grid(self.weight if self.mask is None else self.weight * self.mask, self.bias)
+        return on_grid(self.weight, self.bias, self.mask)
 
     def at(self, level: Tensor) -> Affine:
         """The map at one quality level, (), or at a level for each leading entry of what it is applied to, (B,)."""
