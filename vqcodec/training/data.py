@@ -85,7 +85,8 @@ class Crops:
     """Batches of random square crops: random place, flip and scale (down to a half, half of the time).
 
     Within a folder images are drawn by the root of their area: large photographs hold more, but not in proportion. All
-    work is done on the device, where the pixels lie as uint8, in shapes that depend on no data: nothing waits for it.
+    work is done on the device, where the pixels lie as uint8, on a GPU in shapes that depend on no data: nothing waits
+    for it.
     """
 
     def __init__(self, folders: Sequence[tuple[Cache, float]], largest: int, device: torch.device) -> None:
@@ -120,16 +121,43 @@ class Crops:
         span = (scale * size).floor().long()
         corner = (torch.rand(batch, 2, device=device) * (sides - span[:, None] + 1)).long()
         corner = torch.minimum(corner, sides - span[:, None])
-        # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
-        ahead = torch.arange(int(SHRINK * size), device=device)
-        rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
-        place = offset[:, None, None] + rows[:, :, None] * sides[:, 1, None, None] + columns[:, None]
-        patch = self.pixels.index_select(0, place.flatten()).view(*place.shape, 3).float()
         flip = uniform(batch, device) < 0.5
-        down, across = resampling(scale, span, size, torch.zeros_like(flip)), resampling(scale, span, size, flip)
-        small = torch.einsum("bir,brsc->bisc", down, patch)
-        x = torch.einsum("bjs,bisc->bcij", across, small).clamp_(0, 255).div_(255)
+        cut = self._cut if device.type == "cpu" else self._cut_alike
+        x = cut(offset, sides[:, 1], corner, span, scale, flip, size).clamp_(0, 255).div_(255)
         return self._with_flat_parts(x).contiguous(memory_format=torch.channels_last)
+
+    def _cut(
+        self, offset: Tensor, width: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int
+    ) -> Tensor:
+        """Crops (batch, 3, size, size) of span x span pixels at a corner (batch, 2) of the images at an offset."""
+        x = torch.empty(len(span), 3, size, size).contiguous(memory_format=torch.channels_last)
+        for k, (start, w, n) in enumerate(torch.stack([offset, width, span], 1).tolist()):
+            top, left = corner[k].tolist()
+            patch = self.pixels[start + top * w :][: n * w].view(n, w, 3)[:, left : left + n]
+            if scale[k] == 1:
+                x[k] = (patch.flip(1) if flip[k] else patch).permute(2, 0, 1)
+                continue
+            one = scale[k : k + 1], span[k : k + 1], size
+            (down,), (across,) = (
+                resampling(*one, mirror, n) for mirror in (torch.zeros(1, dtype=torch.bool), flip[k : k + 1])
+            )
+            small = (down @ patch.float().flatten(1)).view(size, n, 3)
+            x[k] = small.permute(2, 0, 1) @ across.t()
+        return x
+
+    def _cut_alike(
+        self, offset: Tensor, width: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int
+    ) -> Tensor:
+        """The same by shapes that depend on no data."""
+        # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
+        reach = int(SHRINK * size)
+        ahead = torch.arange(reach, device=span.device)
+        rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
+        place = offset[:, None, None] + rows[:, :, None] * width[:, None, None] + columns[:, None]
+        patch = self.pixels.index_select(0, place.flatten()).view(*place.shape, 3).float()
+        down, across = (resampling(scale, span, size, mirror, reach) for mirror in (torch.zeros_like(flip), flip))
+        small = torch.einsum("bir,brsc->bisc", down, patch)
+        return torch.einsum("bjs,bisc->bcij", across, small)
 
     @staticmethod
     def _with_flat_parts(x: Tensor) -> Tensor:
@@ -149,12 +177,12 @@ def uniform(n: int, device: torch.device) -> Tensor:
     return torch.rand(n, device=device)
 
 
-def resampling(scale: Tensor, span: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Weights (B, size, SHRINK * size) that make the pixels of a crop from the first span (B,) of a row: the cubic of
+def resampling(scale: Tensor, span: Tensor, size: int, flip: Tensor, reach: int) -> Tensor:
+    """Weights (B, size, reach) that make the pixels of a crop from the first span (B,) of a row: the cubic of
     Keys (1981), stretched by scale (B,); exact copies where that is 1. flip: (B,), from right to left."""
     at = torch.arange(size, device=scale.device)
     at = torch.where(flip[:, None], size - 1 - at, at)
-    source = torch.arange(int(SHRINK * size), device=scale.device)
+    source = torch.arange(reach, device=scale.device)
     centre = (at + 0.5) * scale[:, None] - 0.5
     t = (source - centre[:, :, None]).abs_().div_(scale[:, None, None]).clamp_(max=2)
     near, far = (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2

@@ -62,7 +62,7 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.8  # of the distance by SSIMULACRA 2, the rest is squared error
-AVERAGE = 0.999  # EMA of the weights
+AVERAGE, AVERAGE_STEPS = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
 
 
@@ -180,7 +180,9 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: VQVAE, step: int) -> None:
-        decay = min(AVERAGE, (1 + step) / (10 + step))
+        if step % AVERAGE_STEPS:
+            return
+        decay = min(AVERAGE, (1 + step) / (10 + step)) ** AVERAGE_STEPS
         means, values = self.model.state_dict(), model.state_dict()
         # Codebooks are averages already, and a re-seeded code must not crawl to its place.
         books = [name for name in means if name.startswith("codebooks.")]
