@@ -254,6 +254,16 @@ def test_a_crop_of_full_scale_is_exact_and_half_of_them_are(tmp_path: Path, imag
     assert 35 < sum(exact) < 65
 
 
+def test_crops_are_the_same_in_shapes_that_depend_on_no_data(tmp_path: Path, images: Path) -> None:
+    crops = Crops([(Cache(images, tmp_path), 1.0)], 48, torch.device("cpu"))
+    found = []
+    for cut in (crops._cut, crops._cut_alike):
+        torch.manual_seed(0)
+        crops._cut = cut  # type: ignore[method-assign]
+        found.append(crops.draw(40, 48))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     for content in (b"", b"no checkpoint", (images / "0.png").read_bytes()):
@@ -319,9 +329,22 @@ def test_muon_takes_the_matrices_of_a_parameter_one_by_one() -> None:
     together.grad = gradient.flatten(0, 1)
     for p, g in zip(alone, gradient, strict=True):
         p.grad = g.clone()
-    Muon([{"params": [together], "parts": 3}], 0.1).step()
-    Muon(alone, 0.1).step()
+    for optim in (Muon([{"params": [together], "parts": 3}], 0.1), Muon(alone, 0.1)):
+        optim.step()
+    assert together.any()
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_muon_moves_a_convolution_alike_in_either_memory_layout() -> None:
+    torch.manual_seed(0)
+    gradient, found = torch.randn(6, 4, 3, 3), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        p = torch.zeros(6, 4, 3, 3).contiguous(memory_format=layout)
+        p.grad = gradient.clone()  # in either case the order of its own
+        Muon([p], 0.1).step()
+        found.append(p.contiguous())
+    assert found[0].any()
+    torch.testing.assert_close(*found)
 
 
 def test_the_product_stays_within_its_budget() -> None:

@@ -22,15 +22,24 @@ def orthogonalise(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
     In bfloat16 rounding makes eigenvalues of g negative, and they diverge.
     """
     a, b, c = NEWTON_SCHULZ
-    scaled = [x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7) for x in matrices]
-    g = torch.cat([x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT for x in scaled])
+    g = torch.cat([x.mT @ x if x.shape[1] > x.shape[2] else x @ x.mT for x in matrices])
+    norm = g.diagonal(dim1=1, dim2=2).sum(1).sqrt().add(1e-7)[:, None, None]
+    g = g / norm.square()
     identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    factor = identity.expand_as(g)
-    for _ in range(steps):
+    factor = identity / norm
+    for k in range(steps):
         p = torch.baddbmm(a * identity + b * g, g, g, alpha=c)
-        factor, g = p @ factor, p @ g @ p
-    factors = factor.split([len(x) for x in scaled])
-    return [x @ f if x.shape[1] > x.shape[2] else f @ x for x, f in zip(scaled, factors, strict=True)]
+        factor = p @ factor if k else p / norm
+        if k + 1 < steps:
+            g = p @ g @ p
+    factors = factor.split([len(x) for x in matrices])
+    return [x @ f if x.shape[1] > x.shape[2] else f @ x for x, f in zip(matrices, factors, strict=True)]
+
+
+def as_matrices(x: Tensor, parts: int, channels_last: bool) -> Tensor:
+    """A weight or its gradient, (parts * m, ...), as matrices (parts, m, n). The order of inputs makes no difference to
+    them: channels come last where they lie so, because nothing needs to be copied then."""
+    return (x.movedim(1, -1) if channels_last else x).flatten(1).unflatten(0, (parts, -1))
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,16 +55,19 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             alike: dict[int, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].mul_(group["momentum"]).add_(p.grad)
-                update = p.grad.add(average, alpha=group["momentum"]).flatten(1).unflatten(0, (group["parts"], -1))
-                alike.setdefault(min(update.shape[1:]), []).append((p, update))
+            params = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in params]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            averages = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(averages, group["momentum"])
+            torch._foreach_add_(averages, gradients)
+            for p, average, g in zip(params, averages, gradients, strict=True):
+                layout = group["parts"], p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+                update = as_matrices(torch.add(g, average, alpha=group["momentum"]), *layout)
+                alike.setdefault(min(update.shape[1:]), []).append((as_matrices(p, *layout), update))
             for pairs in alike.values():
                 updates = orthogonalise([update for _, update in pairs])
                 for (p, _), update in zip(pairs, updates, strict=True):
-                    p.add_(update.view(p.shape), alpha=-group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5)
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(update.shape[1:]) ** 0.5)
