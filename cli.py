@@ -1141,3 +1141,7 @@ def train(
         trainer.train(run, click.echo if first else lambda _: None)
     if first:
         click.echo(output / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
