@@ -195,7 +195,8 @@ class _SnapWeight(torch.autograd.Function):
         ctx.mask = mask
         weight = weight if mask is None else weight * mask
         if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            out, exponent = torch.empty(weight.shape), torch.empty(*weight.shape[:-1], 1, dtype=torch.int32)
+            out = weight.new_empty(weight.shape)
+            exponent = weight.new_empty(*weight.shape[:-1], 1, dtype=torch.int32)
             compiled.snap_weight(*map(rows_of, (weight, out, exponent)))
         else:
             step = power_of_two(weight_exponent(weight))

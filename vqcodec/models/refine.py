@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqcodec.models.precision import full_precision
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
@@ -55,12 +56,14 @@ def refined_latents(
     bits = weight * 255**2 / x.shape[1]  # of a squared error of 1 in one sample
     finest, eye = len(known), Ssimulacra2().to(x.device)
     visual = visual and min(x.shape[2:]) >= MIN_SIDE
-    condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
+    with full_precision(x.device):
+        condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
     for step in range(steps):
-        if step == 0:
-            indices = model.guess(finest, z, level, rate_weights)
-        else:
-            indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
+        with full_precision(x.device):
+            if step == 0:
+                indices = model.guess(finest, z, level, rate_weights)
+            else:
+                indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         with torch.enable_grad():
             decoded = model.decode_grid(finest, codes, context, level)
