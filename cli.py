@@ -103,6 +103,9 @@ class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # names of files may have what its encoding has not
+        # Before torch is loaded: threads that spin while they wait take the processor from those that they wait for,
+        # as soon as other programs are busy.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             with _terminable():
                 return super().invoke(ctx)

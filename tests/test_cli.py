@@ -817,3 +817,13 @@ def vqcodec(*args: str, python: list[str] | None = None, **streams: Any) -> "sub
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, *(python or []), "-m", "vqcodec", *args]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, **{**pipes, **streams})
+
+
+def test_threads_that_wait_leave_the_processor_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user wants it otherwise."""
+    for chosen, used in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen or "")
+        if chosen is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        run("info", "missing.vq2")
+        assert os.environ["OMP_WAIT_POLICY"] == used
