@@ -43,7 +43,7 @@ from vqcodec.jobs import Job, Plan, blame, finish, plan_jobs, read_file, reason,
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from vqcodec.batch import Made, Pool, Tally, Work
+    from vqcodec.batch import Pool, Result, Tally, Work
     from vqcodec.codec import Codec
     from vqcodec.image import Strip
     from vqcodec.targets import Target
@@ -281,7 +281,7 @@ def _do(work: "Work", plan: Plan, codec: "Codec", options: "_FileOptions", stric
                     tally.add(size, made)
                     if not options.quiet or made.miss and strict:
                         _warn(title(job.source), [*made.notes, *filter(None, [made.miss])])
-                        _warn(job.target, made.losses)
+                        _warn(job.target, made.warnings)
                     facts = _facts_of(size, made)
                     if lines:
                         _summary(job.target, facts, shrinks)
@@ -332,7 +332,7 @@ def _pool(codec: "Codec", plan: Plan, options: "_FileOptions") -> "Pool | None":
     return None
 
 
-def _facts_of(size: int, made: "Made") -> dict[str, Any]:
+def _facts_of(size: int, made: "Result") -> dict[str, Any]:
     facts = {
         "status": "done",
         "width": made.width,

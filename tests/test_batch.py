@@ -6,7 +6,7 @@ import pytest
 from tiny_model import GOLDEN, WEIGHTS
 
 from bitstream.errors import WorkerError
-from vqcodec.batch import Decode, LocalPool, Made, spread
+from vqcodec.batch import Decode, LocalPool, Result, spread
 from vqcodec.codec import Codec, Progress
 from vqcodec.files import find
 from vqcodec.jobs import new_names
@@ -19,16 +19,16 @@ def codec() -> Codec:
     return Codec.load(WEIGHTS, "cpu")
 
 
-def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Result:
     """What the bytes say."""
     if data == b"die":
         os._exit(9)
     if data == b"fail":
         raise ValueError("on purpose")
     if data == b"model":
-        return Made(codec.fingerprint, 1, 1, 0.0)
+        return Result(codec.fingerprint, 1, 1, 0.0)
     time.sleep(600 if data == b"wait" else 0.02)
-    return Made(data.upper(), 1, 1, 0.0)
+    return Result(data.upper(), 1, 1, 0.0)
 
 
 def outcomes(jobs: list[str], codec: Codec, workers: int = 2) -> dict[str, bytes | type[Exception]]:

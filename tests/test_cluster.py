@@ -8,14 +8,14 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import click.testing
 import pytest
-from click.testing import Result
 from PIL import Image
 from test_cli import refused, run
 from tiny_model import WEIGHTS
 
 from bitstream.errors import ClusterError, WorkerError
-from vqcodec.batch import Encode, Made, spread
+from vqcodec.batch import Encode, Result, spread
 from vqcodec.codec import Codec, Progress
 
 ray = pytest.importorskip("ray")
@@ -52,7 +52,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def encode(*args: object) -> Result:
+def encode(*args: object) -> click.testing.Result:
     return run("encode", "--weights", WEIGHTS, "--device", "cpu", "-q", 2, *args)
 
 
@@ -94,7 +94,7 @@ def test_a_killed_worker_loses_nothing(
     encode_one, marks = Encode(2, None, tune="psnr", strip=False, effort=0, max_pixels=10**6), tmp_path / "marks"
     marks.mkdir()
 
-    def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+    def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Result:
         name, _, picture = data.partition(b"\n")
         mark = marks / name.decode()
         if name == b"always" or name.startswith(b"once") and not mark.exists():
@@ -115,7 +115,7 @@ def test_a_killed_worker_loses_nothing(
 
 
 def test_errors_of_a_worker_are_those_of_one_machine(codec: Codec) -> None:
-    def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+    def work(codec: Codec, data: bytes, progress: Progress | None = None) -> Result:
         raise ZeroDivisionError("a bug")
 
     ((_, outcome),) = spread(work, ["a"], str.encode, RayPool(codec, 2))

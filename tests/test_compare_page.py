@@ -7,7 +7,7 @@ import pytest
 from browser import WIDTHS, ask, needs_browser
 
 from vqcodec.image import from_array
-from vqcodec.look import Shown, _file, page
+from vqcodec.look import Panel, _file, page
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 900, 3), np.uint8)  # wider than a phone
 
@@ -39,7 +39,7 @@ return {
 def test_a_browser_shows_every_picture_within_the_window(width: int, tmp_path: Path) -> None:
     file = _file(PIXELS, "PNG")
     files = [("vq2", 900, None), ("A", 850, 40), ("B", 901, 0)]
-    row = [Shown(title, file, "png", size, {"PSNR": 31.5}, quality) for title, size, quality in files]
+    row = [Panel(title, file, "png", size, {"PSNR": 31.5}, quality) for title, size, quality in files]
     made = page("a<b>&.png", from_array(PIXELS), [row], "PNG, 9 bytes").decode()
     assert ask(made, width, SCRIPT, tmp_path) == {
         "overflow": 0,

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from vqcodec.metrics import psnr
-from vqcodec.targets import MOST_TRIES, TOLERANCE, TOLERANCE_DB, Reached, Target, parse_size, reach
+from vqcodec.targets import MOST_TRIES, TOLERANCE, TOLERANCE_DB, SearchResult, Target, parse_size, reach
 
 LEVELS = 8
 
 
-def search(target: Target, curve: object) -> tuple[Reached, list[tuple[float, int]]]:
+def search(target: Target, curve: object) -> tuple[SearchResult, list[tuple[float, int]]]:
     """What is found on a curve (quality, level) -> value, and what was tried."""
     tried: list[tuple[float, int]] = []
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from vqcodec.codec import Codec
     from vqcodec.image import Picture, Source, Strip
-    from vqcodec.targets import Reached, Target
+    from vqcodec.targets import SearchResult, Target
 
 __version__ = "0.1.0"
 __all__ = [
@@ -140,7 +140,7 @@ def encode_to(
     strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",
-) -> "Reached":
+) -> "SearchResult":
     """Compress an image to a size, a rate or a PSNR with the shipped model: see ``Codec.encode_to``.
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))

@@ -39,8 +39,8 @@ Item = TypeVar("Item")
 MOST_WEBP = 16_383  # pixels a side
 
 
-class Made(NamedTuple):
-    """A finished file. notes: features of the source that were dropped; losses: features the output format lacks;
+class Result(NamedTuple):
+    """A finished file. notes: features of the source that were dropped; warnings: features the output format lacks;
     quality: set if a target was searched; miss: how the target was missed; lossless: bytes of a lossless WebP file if
     it is smaller."""
 
@@ -49,7 +49,7 @@ class Made(NamedTuple):
     height: int
     seconds: float
     notes: Sequence[str] = ()
-    losses: Sequence[str] = ()
+    warnings: Sequence[str] = ()
     quality: float | None = None
     miss: str = ""
     lossless: int | None = None
@@ -58,7 +58,7 @@ class Made(NamedTuple):
 class Work(Protocol):
     """Bytes of a file to bytes of another. Raises VqcodecError for a bad file."""
 
-    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made: ...
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Result: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Encode:
     max_pixels: int
     lenient: bool = False
 
-    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Result:
         started = time.monotonic()
         picture = stripped(read(data, self.max_pixels, lenient=self.lenient), self.strip)
         height, width = picture.pixels.shape[:2]
@@ -87,7 +87,7 @@ class Encode:
                 wanted, found = map(self.target.describe, (self.target.value, reached.value))
                 miss = f"{wanted} cannot be reached: the nearest is {found}, at quality {quality:.2f}"
         lossless = _smaller_lossless(picture, encoded)
-        return Made(encoded, width, height, time.monotonic() - started, picture.notes, (), quality, miss, lossless)
+        return Result(encoded, width, height, time.monotonic() - started, picture.notes, (), quality, miss, lossless)
 
 
 def _smaller_lossless(picture: Picture, encoded: bytes) -> int | None:
@@ -114,13 +114,13 @@ class Decode:
     strip: Strip = False
     options: Options = Options()
 
-    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Made:
+    def __call__(self, codec: Codec, data: bytes, progress: Progress | None = None) -> Result:
         started = time.monotonic()
         picture = stripped(codec.decode_picture(data, self.max_pixels, progress, self.preview), self.strip)
         height, width = picture.pixels.shape[:2]
         notes, encoded = list(picture.notes), BytesIO()
-        losses = save(picture, encoded, self.format, self.options)
-        return Made(encoded.getvalue(), width, height, time.monotonic() - started, notes, losses)
+        warnings = save(picture, encoded, self.format, self.options)
+        return Result(encoded.getvalue(), width, height, time.monotonic() - started, notes, warnings)
 
 
 # --- all jobs ---
@@ -141,7 +141,7 @@ class Tally:
     failed: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, size: int, made: Made) -> None:
+    def add(self, size: int, made: Result) -> None:
         """A file is done; size: bytes of the input."""
         self.done += 1
         self.larger += len(made.data) > size
@@ -165,7 +165,7 @@ class Tally:
         }
 
 
-Outcome = Callable[[], tuple[int, Made]]  # the size of an input and what was made of it, or raises
+Outcome = Callable[[], tuple[int, Result]]  # the size of an input and what was made of it, or raises
 
 
 def outcomes(
@@ -184,7 +184,7 @@ def outcomes(
         return
     for job in jobs:
 
-        def outcome(job: Job = job) -> tuple[int, Made]:
+        def outcome(job: Job = job) -> tuple[int, Result]:
             data = begin(job)
             with watch(job.source) as progress:
                 return len(data), work(codec, data, progress)
@@ -200,7 +200,7 @@ class Pool(Protocol):
 
     room: int
 
-    def submit(self, work: Work, data: bytes) -> Future[Made]:
+    def submit(self, work: Work, data: bytes) -> Future[Result]:
         """Starts the work on a file. Raises BrokenProcessPool, here or from the future, if a worker died: all pending
         work is lost; call ``restart`` before submitting again."""
 
@@ -220,7 +220,7 @@ def spread(
     (WorkerError), no more.
     """
     waiting, suspects = iter(jobs), deque[tuple[Item, bytes]]()
-    running: dict[Future[Made], tuple[Item, bytes]] = {}
+    running: dict[Future[Result], tuple[Item, bytes]] = {}
     more = True
     try:
         while True:
@@ -269,11 +269,11 @@ def spread(
     pool.close(now=False)
 
 
-def _result(future: Future[Made], size: int) -> tuple[int, Made]:
+def _result(future: Future[Result], size: int) -> tuple[int, Result]:
     return size, future.result()
 
 
-def _raise(error: Exception) -> tuple[int, Made]:
+def _raise(error: Exception) -> tuple[int, Result]:
     raise error
 
 
@@ -301,7 +301,7 @@ class LocalPool:
         self._processes = ProcessPoolExecutor(self._workers, context, _begin, initial)
         self._processes.submit(int).result()  # all are started
 
-    def submit(self, work: Work, data: bytes) -> Future[Made]:
+    def submit(self, work: Work, data: bytes) -> Future[Result]:
         return self._processes.submit(_work, work, data)
 
     def restart(self) -> None:
@@ -337,6 +337,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(work: Work, data: bytes) -> Made:
+def _work(work: Work, data: bytes) -> Result:
     assert _codec is not None
     return work(_codec, data)

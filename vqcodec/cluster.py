@@ -18,7 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrash
 
 from bitstream.errors import ClusterError, WorkerError
 from vqcodec import __version__
-from vqcodec.batch import Made, Work
+from vqcodec.batch import Result, Work
 from vqcodec.codec import Codec
 
 RETRIES = 3  # of a file whose worker has died
@@ -57,8 +57,8 @@ class RayPool:
             self.close()
             raise
 
-    def submit(self, work: Work, data: bytes) -> Future[Made]:
-        made: Future[Made] = Future()
+    def submit(self, work: Work, data: bytes) -> Future[Result]:
+        made: Future[Result] = Future()
         self._task.remote(self._model, work, data).future().add_done_callback(lambda done: _hand_on(done, made))
         return made
 
@@ -70,7 +70,7 @@ class RayPool:
             ray.shutdown()
 
 
-def _hand_on(done: "Future[Made]", made: "Future[Made]") -> None:
+def _hand_on(done: "Future[Result]", made: "Future[Result]") -> None:
     """The result, or the worker's own error instead of Ray's, whose text is a traceback."""
     error = done.exception()
     if error is None:
@@ -100,5 +100,5 @@ def _codec(model: _Model) -> Codec:
     return Codec(ray.get(model.ref), model.device)
 
 
-def _work(model: _Model, work: Work, data: bytes) -> Made:
+def _work(model: _Model, work: Work, data: bytes) -> Result:
     return work(_codec(model), data)

@@ -39,10 +39,10 @@ from vqcodec.masking import visibility
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
 from vqcodec.models.precision import full_precision, inference_precision
-from vqcodec.models.tiling import Step, run_tiled
+from vqcodec.models.tiling import TiledNetwork, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.progress import Progress, Stages
-from vqcodec.targets import Reached, Target, reach
+from vqcodec.targets import SearchResult, Target, reach
 from vqcodec.weights import as_coded, load
 
 # What the stages of encoder and decoder take, about: seconds for 12 megapixels on two cores.
@@ -174,7 +174,7 @@ class Codec:
         strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
-    ) -> Reached:
+    ) -> SearchResult:
         """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
 
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
@@ -256,8 +256,8 @@ class Codec:
         cells: (rows, columns) of the coarsest grid. sources: (1, C, r rows, r columns) for any whole r, or None.
         """
         config = self.model.config
-        step = Step(network, sources, config.halo())
-        return run_tiled([step], cells, config.stride, self.device, progress=progress)
+        tiled = TiledNetwork(network, sources, config.halo())
+        return run_tiled([tiled], cells, config.stride, self.device, progress=progress)
 
 
 class PictureEncoder:
@@ -376,8 +376,8 @@ class PictureEncoder:
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
-        step = Step(fit, sources, model.config.halo(finest))
-        (z,) = run_tiled([step], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
+        tiled = TiledNetwork(fit, sources, model.config.halo(finest))
+        (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
         return z
 
     @cached_property
@@ -418,18 +418,18 @@ def _decode_pixels(
 
     model, config = codec.model, codec.model.config
 
-    def step(k: int) -> Step:
+    def network(k: int) -> TiledNetwork:
         def decode(*parts: Tensor) -> list[Tensor]:
             indices, context = parts[: len(grids)], parts[len(grids) :]
             found = _decode_grid(model, k, indices, context[0] if context else None, level)
             return [(found * 255).round_().clamp_(0, 255).to(torch.uint8) if k + 1 == len(config.grids) else found]
 
-        return Step(decode, grids, config.halo(k))
+        return TiledNetwork(decode, grids, config.halo(k))
 
     cells = (grids[0].shape[2], grids[0].shape[3])
     with _inference(codec.device):
-        steps = [step(k) for k in range(len(config.grids))]
-        (x,) = run_tiled(steps, cells, config.stride, codec.device, size, progress=progress)
+        networks = [network(k) for k in range(len(config.grids))]
+        (x,) = run_tiled(networks, cells, config.stride, codec.device, size, progress=progress)
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 

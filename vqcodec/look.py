@@ -28,7 +28,7 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
 QUALITIES = 101  # of all rivals: 0..100
 
 
-class Shown(NamedTuple):
+class Panel(NamedTuple):
     """A picture on the page. file: in a format that browsers show; size: bytes of the codec's own file; quality: on the
     codec's own scale."""
 
@@ -48,7 +48,7 @@ def metrics() -> dict[str, Callable[[Bytes, Bytes], float | None]]:
     return found
 
 
-def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tune) -> Iterator[list[Shown]]:
+def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tune) -> Iterator[list[Panel]]:
     """For each quality ours, then each rival that this Pillow has, as large as it can be without being larger.
 
     Pixels as one sees them: upright, in sRGB, without alpha.
@@ -86,11 +86,11 @@ def _file(pixels: Bytes, name: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _shown(title: str, original: Bytes, file: bytes, kind: str, size: int) -> Shown:
+def _shown(title: str, original: Bytes, file: bytes, kind: str, size: int) -> Panel:
     with Image.open(io.BytesIO(file)) as image:
         decoded = np.array(image.convert("RGB"))
     scores = {name: metric(original, decoded) for name, metric in metrics().items()}
-    return Shown(title, file, kind, size, {name: score for name, score in scores.items() if score is not None})
+    return Panel(title, file, kind, size, {name: score for name, score in scores.items() if score is not None})
 
 
 def source_facts(data: bytes, picture: Picture) -> str:
@@ -143,7 +143,7 @@ get("slider").hidden = false;
 """
 
 
-def page(name: str, picture: Picture, rows: Sequence[Sequence[Shown]], original: str = "") -> bytes:
+def page(name: str, picture: Picture, rows: Sequence[Sequence[Panel]], original: str = "") -> bytes:
     """A page of HTML with everything in it: a slider between any two pictures, the original, then a row for each
     quality. original: facts about its file."""
     pixels = stripped(picture).pixels

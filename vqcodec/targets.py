@@ -42,7 +42,7 @@ class Target:
         return {"size": f"{value:,.0f} bytes", "bpp": f"{value:.3f} bpp", "psnr": f"{value:.2f} dB"}[self.kind]
 
 
-class Reached(NamedTuple):
+class SearchResult(NamedTuple):
     """A file, the quality it was encoded with, what it has of the target's kind, and whether that is near enough."""
 
     data: bytes
@@ -51,7 +51,7 @@ class Reached(NamedTuple):
     met: bool
 
 
-def reach(target: Target, attempt: Callable[[float, int], tuple[bytes, float]], levels: int) -> Reached:
+def reach(target: Target, attempt: Callable[[float, int], tuple[bytes, float]], levels: int) -> SearchResult:
     """The file nearest to a target among those tried, of quality 1 to ``levels``.
 
     attempt: a quality and the level (from 1) to code it with, to a file and its value, which should rise with the
@@ -60,7 +60,7 @@ def reach(target: Target, attempt: Callable[[float, int], tuple[bytes, float]], 
     wanted, slope = target.on_scale(target.value), SLOPES[target.kind]
     low: tuple[float, float] | None = None  # quality and value on the scale, too low
     high: tuple[float, float] | None = None
-    best: Reached | None = None
+    best: SearchResult | None = None
     least = (math.inf, 0)  # how far the best one is from the target, and its bytes
     quality, level, near = (1 + levels) / 2, 0, False
     for _ in range(MOST_TRIES):
@@ -69,7 +69,7 @@ def reach(target: Target, attempt: Callable[[float, int], tuple[bytes, float]], 
         data, value = attempt(quality, level)
         found = target.on_scale(value)
         if best is None or (abs(found - wanted), len(data)) < least:
-            best, least = Reached(data, quality, value, target.met_by(value)), (abs(found - wanted), len(data))
+            best, least = SearchResult(data, quality, value, target.met_by(value)), (abs(found - wanted), len(data))
         if best.met and value < math.inf:
             break
         narrow = low is not None and high is not None and high[0] - low[0] < NEAR

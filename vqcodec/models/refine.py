@@ -22,7 +22,7 @@ from vqcodec.models.precision import full_precision
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
-RATE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
+STEP_SIZE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
 TILE = 768  # pixels: a larger tile takes more memory than all else, a smaller one more time for its halo
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.8 does as well by it and costs more PSNR
 VISUAL_LIMIT = 1.0  # of g / 2, in each channel, for the eye
@@ -72,5 +72,5 @@ def refined_latents(
                 error = (1 - VISUAL_SHARE) * error + VISUAL_SHARE * WORTH * x.numel() * eye(x, decoded).sum()
             (gradient,) = torch.autograd.grad(bits * error, codes)
         half = (gradient / 2).clamp(-VISUAL_LIMIT, VISUAL_LIMIT) if visual else gradient / 2
-        z = torch.lerp(z, codes.detach() - half, RATE)
+        z = torch.lerp(z, codes.detach() - half, STEP_SIZE)
     return z

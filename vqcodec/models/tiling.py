@@ -11,7 +11,7 @@ from vqcodec.memory import TILE
 Cells = Sequence[tuple[int, int]]  # first and last row, first and last column
 
 
-class Step(NamedTuple):
+class TiledNetwork(NamedTuple):
     """A network, its inputs and its halo: how far, in pixels, an output can depend on an input; a multiple of the
     stride.
 
@@ -19,13 +19,13 @@ class Step(NamedTuple):
     on; the network returns any number of such views.
     """
 
-    network: Callable[..., Sequence[Tensor]]
+    forward: Callable[..., Sequence[Tensor]]
     sources: Sequence[Tensor | None]
     halo: int
 
 
 def run_tiled(
-    steps: Sequence[Step],
+    networks: Sequence[TiledNetwork],
     cells: tuple[int, int],
     stride: int,
     device: torch.device,
@@ -35,7 +35,7 @@ def run_tiled(
 ) -> list[Tensor]:
     """Apply networks one after the other to tiles of a picture, on a device; the results gather on the CPU.
 
-    A step gets its sources, then the results of the step before. cells: size of the picture in cells of ``stride``
+    A network gets its sources, then the results of the one before. cells: size of the picture in cells of ``stride``
     pixels. size: height and width to keep of the results, None for all: a picture that is one pixel high takes no
     memory for its padding. tile: side in pixels, a multiple of stride; None: ``TILE``. progress: called with 0..1.
     Guarantee: equal to the untiled networks up to float rounding.
@@ -46,16 +46,18 @@ def run_tiled(
     for down, top in enumerate(rows):
         for right, left in enumerate(columns):
             inner = [(a, min(a + span, end)) for a, end in zip((top, left), cells, strict=True)]
-            margins = [sum(step.halo for step in steps[k:]) // stride for k in range(len(steps) + 1)]
+            margins = [sum(network.halo for network in networks[k:]) // stride for k in range(len(networks) + 1)]
             boxes = [
                 [(max(0, a - m), min(end, b + m)) for (a, b), end in zip(inner, cells, strict=True)] for m in margins
             ]
             results: list[Tensor] = []
-            for step, outer, box in zip(steps, boxes, boxes[1:], strict=False):
-                parts = [None if s is None else _cut(s, outer, s.shape[2] // cells[0]).to(device) for s in step.sources]
+            for network, outer, box in zip(networks, boxes, boxes[1:], strict=False):
+                parts = [
+                    None if s is None else _cut(s, outer, s.shape[2] // cells[0]).to(device) for s in network.sources
+                ]
                 shift = [(a - o, b - o) for (a, b), (o, _) in zip(box, outer, strict=True)]
                 high = outer[0][1] - outer[0][0]
-                results = [_cut(x, shift, x.shape[2] // high) for x in step.network(*parts, *results)]
+                results = [_cut(x, shift, x.shape[2] // high) for x in network.forward(*parts, *results)]
             ratios = [x.shape[2] // (inner[0][1] - inner[0][0]) for x in results]
             if not outputs:
                 sizes = [size or (cells[0] * ratio, cells[1] * ratio) for ratio in ratios]

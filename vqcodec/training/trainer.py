@@ -53,7 +53,7 @@ Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``
 WARM_UP, VISUAL_WARM_UP = 300, 50  # steps
-DECAY = 0.3  # the last part of the run, in which the learning rate falls to FLOOR of its value
+COOLDOWN = 0.3  # the last part of the run, in which the learning rate falls to FLOOR of its value
 FLOOR = 0.001
 RAMP = (100, 700)  # steps between which the rate weight rises from 0 to 1
 FINEST = 0.06  # the first part of a run from scratch, which sees the two finest levels alone
@@ -62,7 +62,7 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.8  # of the distance by SSIMULACRA 2, the rest is squared error
-AVERAGE, AVERAGE_STEPS = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
+EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
 
 
@@ -90,7 +90,7 @@ class Run:
 
 def learning_rate(progress: float, step: int, stage: Stage) -> float:
     """Factor of the learning rate: warm up, hold, fall as a cosine."""
-    fall = max(0.0, (progress - 1 + DECAY) / DECAY)
+    fall = max(0.0, (progress - 1 + COOLDOWN) / COOLDOWN)
     return min(1.0, (step + 1) / (VISUAL_WARM_UP if stage == "visual" else WARM_UP)) * (
         FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
     )
@@ -180,9 +180,9 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: VQVAE, step: int) -> None:
-        if step % AVERAGE_STEPS:
+        if step % EMA_INTERVAL:
             return
-        decay = min(AVERAGE, (1 + step) / (10 + step)) ** AVERAGE_STEPS
+        decay = min(EMA_DECAY, (1 + step) / (10 + step)) ** EMA_INTERVAL
         means, values = self.model.state_dict(), model.state_dict()
         # Codebooks are averages already, and a re-seeded code must not crawl to its place.
         books = [name for name in means if name.startswith("codebooks.")]
