@@ -115,7 +115,7 @@ def test_the_links_of_the_readme_lead_somewhere() -> None:
 
 
 def test_the_shipped_weights_are_small_and_complete() -> None:
-    assert SHIPPED.stat().st_size <= 16_000_000
+    assert SHIPPED.stat().st_size <= 24_000_000
     model = load_weights()
     assert model.config.levels == 8
     assert all(book.initialised for book in model.codebooks)
