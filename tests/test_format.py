@@ -74,7 +74,7 @@ def test_the_powers_of_two_are_as_specified() -> None:
 @pytest.mark.parametrize("path", [WEIGHTS, SHIPPED], ids=["tiny", "shipped"])
 def test_a_weights_file_holds_the_tensors_of_the_specification(path: Path) -> None:
     numbers = Numbers.load(path)
-    levels = numbers.levels
+    rows_of_biases = numbers.levels * numbers.banks
     expected = {}
     for k, grid in enumerate(numbers.grids):
         symbols = {"M": grid.groups, "d": grid.dim, "K": grid.codes, "D": grid.depth, "k": k, "N": grid.outcomes}
@@ -94,7 +94,7 @@ def test_a_weights_file_holds_the_tensors_of_the_specification(path: Path) -> No
                 wide, high = value(inputs, n=n), value(outputs, n=n)
                 expected[f"{stem}.weight"] = ("I8", (high, wide))
                 expected[f"{stem}.exponent"] = ("I8", (high, 1))
-                expected[f"{stem}.bias"] = ("I32", (1 if stem.endswith(".out") else levels, high))
+                expected[f"{stem}.bias"] = ("I32", (1 if stem.endswith(".out") else rows_of_biases, high))
         for name, when, dtype, shape, _ in rows("tensor +\\| when +\\| dtype"):
             if not when or value(when):
                 sides = tuple(value(side) for side in shape.strip("()").split(","))
