@@ -42,6 +42,7 @@ from vqcodec.models.precision import full_precision, inference_precision
 from vqcodec.models.tiling import TiledNetwork, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.progress import Progress, Stages
+from vqcodec.smooth import rate_share
 from vqcodec.targets import SearchResult, Target, reach
 from vqcodec.weights import as_coded, load
 
@@ -323,6 +324,8 @@ class PictureEncoder:
                 inputs = self._pixels, self._features[k], context
                 (z,) = codec.tiled(latent, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
                 if k == finest:
+                    if not self.visual:  # whose weights do as much
+                        rate_weights = rate_weights * self._rate_share(z)
                     if self.steps:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
@@ -379,6 +382,12 @@ class PictureEncoder:
         tiled = TiledNetwork(fit, sources, model.config.halo(finest))
         (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
         return z
+
+    def _rate_share(self, z: Tensor) -> Tensor:
+        """Factors on the rate in the cells of the finest grid, (1, 1, h, w), by its latents."""
+        stride = self.codec.model.config.stride  # as halo: a cell at least
+        tiled = TiledNetwork(lambda z: [rate_share(z)], [z], stride)
+        return run_tiled([tiled], self.cells, stride, self.codec.device)[0]
 
     @cached_property
     def _visibility(self) -> Tensor:
