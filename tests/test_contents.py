@@ -12,9 +12,9 @@ from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.image import Bytes, from_array
 from vqcodec.metrics import psnr
 
-# dB. Every level has networks of its own: where all cells of a small picture hold the same pattern, or nothing but a
-# mean colour, one level can be luckier than the next.
-LUCK = 0.5
+# dB by effort. Every level has networks of its own: without a fit one can be luckier than the next with faint noise or
+# one pattern everywhere (by 1.25 in one of 96 random pictures, else by 0.14 at most; with a fit by 0.002).
+LUCK = (0.5, 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_psnr_rises_with_quality(codec: Codec, draw: Draw, effort: int, size: in
     for quality in range(1, codec.model.config.levels + 1):
         encoder.encode(quality)
         found.append(psnr(pixels, encoder.decoded()))
-        assert found[-1] == np.inf or found[-1] > max(found) - LUCK
+        assert found[-1] == np.inf or found[-1] > max(found) - LUCK[effort]
     assert found[-1] == np.inf or found[-1] > found[0]
 
 
