@@ -248,17 +248,17 @@ class Codec:
     def tiled(
         self,
         network: Callable[..., Sequence[Tensor]],
+        halo: int,
         cells: tuple[int, int],
         *sources: Tensor | None,
         progress: Progress | None = None,
     ) -> list[Tensor]:
-        """What a network with the encoder's halo makes of a picture's views, tile by tile: see ``run_tiled``.
+        """What a network with a halo makes of a picture's views, tile by tile: see ``run_tiled``.
 
         cells: (rows, columns) of the coarsest grid. sources: (1, C, r rows, r columns) for any whole r, or None.
         """
-        config = self.model.config
-        tiled = TiledNetwork(network, sources, config.halo())
-        return run_tiled([tiled], cells, config.stride, self.device, progress=progress)
+        tiled = TiledNetwork(network, sources, halo)
+        return run_tiled([tiled], cells, self.model.config.stride, self.device, progress=progress)
 
 
 class PictureEncoder:
@@ -319,10 +319,11 @@ class PictureEncoder:
             for k in range(len(model.codebooks)):
 
                 def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
-                    return [model.latent(k, x.float() / 255, *parts, number)]
+                    return [model.latent(k, x, *parts, number)]
 
                 inputs = self._pixels, self._features[k], context
-                (z,) = codec.tiled(latent, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
+                halo = model.config.halo(k, latents=True)
+                (z,) = codec.tiled(latent, halo, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
                 if k == finest:
                     if not self.visual:  # whose weights do as much
                         rate_weights = rate_weights * self._rate_share(z)
@@ -340,10 +341,11 @@ class PictureEncoder:
                 if k < finest:
 
                     def decode(*parts: Tensor, k: int = k) -> list[Tensor]:
-                        return [_decode_grid(model, k, parts[: k + 1], parts[k + 1], number)]
+                        return [_context(model, k, parts[: k + 1], parts[k + 1], number)]
 
                     known = *map(_tensor, self.grids), context
-                    (context,) = codec.tiled(decode, self.cells, *known, progress=stages.next(CONTEXT))
+                    told = stages.next(CONTEXT)
+                    (context,) = codec.tiled(decode, model.config.halo(k), self.cells, *known, progress=told)
         picture = self.picture
         checksum = container.checksum(header, self.grids, self.flat)
         optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
@@ -362,10 +364,15 @@ class PictureEncoder:
         self._features, self._row = [], row
         number = _number(row, codec.device)
 
-        def analyse(x: Tensor) -> list[Tensor]:
-            return model.analyse(x.float() / 255, number)
+        finest = len(model.codebooks) - 1
+        for k in range(finest, -1, -1):
 
-        self._features = codec.tiled(analyse, self.cells, self._pixels, progress=progress)
+            def features(x: Tensor, k: int = k) -> list[Tensor]:
+                return [model.features(k, x, number)]
+
+            source = self._features[0] if self._features else self._pixels
+            told = progress if k == finest else None  # the others are a tenth of it
+            self._features[:0] = codec.tiled(features, model.config.halo(k), self.cells, source, progress=told)
 
     def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
@@ -374,7 +381,6 @@ class PictureEncoder:
         number = _number(self._row, self.codec.device)
 
         def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
-            x = x.float() / 255
             return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known, self.visual)]
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
@@ -397,7 +403,9 @@ class PictureEncoder:
             shape = weights.shape(len(weights.grids) - 1, *self.size)
             return torch.ones(1, 1, *shape, dtype=torch.float32, device="cpu")
         stride = weights.grids[-1].stride
-        (found,) = self.codec.tiled(lambda x: [visibility(x, stride)], self.cells, self._pixels)
+        (found,) = self.codec.tiled(
+            lambda x: [visibility(x, stride)], self.codec.model.config.stride, self.cells, self._pixels
+        )
         return found
 
 
@@ -430,8 +438,10 @@ def _decode_pixels(
     def network(k: int) -> TiledNetwork:
         def decode(*parts: Tensor) -> list[Tensor]:
             indices, context = parts[: len(grids)], parts[len(grids) :]
-            found = _decode_grid(model, k, indices, context[0] if context else None, level)
-            return [(found * 255).round_().clamp_(0, 255).to(torch.uint8) if k + 1 == len(config.grids) else found]
+            above = context[0] if context else None
+            if k + 1 == len(config.grids):
+                return [model.draw(model.codes(k, indices), above, level).pixels]
+            return [_context(model, k, indices, above, level)]
 
         return TiledNetwork(decode, grids, config.halo(k))
 
@@ -442,11 +452,9 @@ def _decode_pixels(
     return x[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _decode_grid(model: VQVAE, k: int, indices: Sequence[Tensor], context: Tensor | None, level: Tensor) -> Tensor:
-    """Grid k of some indices decoded; coarser grids in float32: the linear path starts from what is made of them."""
+def _context(model: VQVAE, k: int, indices: Sequence[Tensor], context: Tensor | None, level: Tensor) -> Tensor:
+    """The context that grid k of some indices gives, in float32: the linear path starts from it."""
     codes = model.codes(k, indices)
-    if k + 1 == len(model.codebooks):
-        return model.decode_grid(k, codes, context, level)
     with full_precision(codes.device):
         return model.decode_grid(k, codes, context, level)
 

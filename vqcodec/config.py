@@ -93,15 +93,20 @@ class ModelConfig:
     def rate_constrained(self) -> bool:
         return self.lambdas[0] > 0
 
-    def halo(self, k: int | None = None) -> int:
-        """Pixels, a multiple of the stride: no output of the encoder depends on inputs further away than this; for a
-        grid k, none of ``decode_grid``."""
-        coarsest = self.stride if k is None else self.grids[k].stride
-        finest = STEM if k is None or k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride
-        reach, stride = 0, finest
+    def halo(self, k: int, latents: bool = False) -> int:
+        """Pixels, a multiple of the stride: no feature of grid k depends on features of the next finer grid, or of the
+        finest grid on pixels, further away than this, nor an output of ``decode_grid`` on its inputs. latents: the same
+        of the latents that are made of features and context."""
+        if latents:
+            return self._whole(2 * self.grids[k].stride if k else 0)
+        stride, coarsest = STEM if k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride, self.grids[k].stride
+        reach = 0
         while stride <= coarsest:
             reach += stride * (2 * self.blocks + 1)  # of the blocks, and one convolution before or after
             stride *= 2
+        return self._whole(reach)
+
+    def _whole(self, reach: int) -> int:
         return -(-reach // self.stride) * self.stride
 
 

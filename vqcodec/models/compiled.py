@@ -47,6 +47,7 @@ _QUARTER, _HALF_STEP, _ZERO = np.float32(0.25), np.float32(0.5), np.float32(0)
 _WEIGHT_LAST = np.float32(WEIGHT_MAX)
 _HALF = np.float32(ESCAPE_SIDE // 2)
 _STEP = np.float32(ESCAPE_STEP)
+_CELLS = 64  # whose vectors stay in the nearest cache
 
 
 def _kernel(function: Any) -> Any:
@@ -55,7 +56,11 @@ def _kernel(function: Any) -> Any:
 
 def rows_of(x: Tensor) -> NDArray[Any]:
     """A tensor (..., C) as rows (n, C), numbers where they lie if it is contiguous; bfloat16 as uint16."""
-    x = x.detach().contiguous().flatten(0, -2)
+    return plain(x.detach().contiguous().flatten(0, -2))
+
+
+def plain(x: Tensor) -> NDArray[Any]:
+    """A tensor as an array where it lies; bfloat16 as uint16."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -361,3 +366,81 @@ def heads_backward(out, gradient, place, to_sums, to_bias):  # type: ignore[no-u
             g = gradient[r, c] * _inside(out[r, c] * _ACTIVATION, _ZERO, _ACTIVATION_LAST)
             to_sums[cell, first + c] = _narrow(g)
             to_bias[at, first + c] += g
+
+
+# --- pictures ---
+
+
+@_kernel
+def to_blocks(pixels, size, table, out):  # type: ignore[no-untyped-def]
+    """out (h, w, 3 size**2): what a table (256,) has for pixels (h size, w size, 3) uint8."""
+    h, w, _ = out.shape
+    for i in range(h):
+        for j in range(w):
+            at = 0
+            for c in range(3):
+                for y in range(i * size, (i + 1) * size):
+                    for x in range(j * size, (j + 1) * size):
+                        out[i, j, at] = table[pixels[y, x, c]]
+                        at += 1
+
+
+@_kernel
+def paint(details, linear, out):  # type: ignore[no-untyped-def]
+    """out (H, W, 3) uint8 = the sum of two pictures in blocks, (h, w, C) float32, and a half; the first has the smaller
+    blocks."""
+    size, fine = len(out) // len(linear), len(out) // len(details)
+    for row in range(details.shape[0]):
+        i, y0 = row * fine // size, row * fine % size
+        for column in range(details.shape[1]):
+            j, x0 = column * fine // size, column * fine % size
+            detail, block = details[row, column], linear[i, j]
+            for c in range(3):
+                for y in range(fine):
+                    here, there = (c * fine + y) * fine, (c * size + y0 + y) * size + x0
+                    target = out[row * fine + y, column * fine : (column + 1) * fine]
+                    for x in range(fine):
+                        value = np.rint((detail[here + x] + block[there + x] + _HALF_STEP) * np.float32(255))
+                        target[x, c] = np.uint8(min(max(value, _ZERO), np.float32(255)))
+
+
+@_kernel
+def error_gradient(details, linear, to_details, to_linear, pixels):  # type: ignore[no-untyped-def]
+    """That of the squared error between what ``paint`` would draw, unrounded, and pixels (H, W, 3) uint8."""
+    size, fine = len(pixels) // len(linear), len(pixels) // len(details)
+    for row in range(details.shape[0]):
+        i, y0 = row * fine // size, row * fine % size
+        for column in range(details.shape[1]):
+            j, x0 = column * fine // size, column * fine % size
+            detail, block, to_detail, to_block = (
+                details[row, column],
+                linear[i, j],
+                to_details[row, column],
+                to_linear[i, j],
+            )
+            for c in range(3):
+                for y in range(fine):
+                    here, there = (c * fine + y) * fine, (c * size + y0 + y) * size + x0
+                    samples = pixels[row * fine + y, column * fine : (column + 1) * fine]
+                    for x in range(fine):
+                        value = detail[here + x] + block[there + x] + _HALF_STEP
+                        twice = 2 * (value - np.float32(samples[x, c]) * np.float32(1 / 255))
+                        to_detail[here + x] = to_block[there + x] = twice
+
+
+@_kernel
+def lookup(index, vectors, out):  # type: ignore[no-untyped-def]
+    """out (cells, M, d) float32: the vectors of indices (M, cells) int32; vectors: (M, K, d). See ``Codebook``."""
+    groups, codes, dim = vectors.shape
+    for first in range(0, len(out), _CELLS):
+        for g in range(groups):
+            for p in range(first, min(first + _CELLS, len(out))):
+                k = index[g, p] - 1
+                if 0 <= k < codes:
+                    for j in range(dim):
+                        out[p, g, j] = vectors[g, k, j]
+                else:
+                    number = max(k - codes, 0)
+                    for j in range(dim - 1, -1, -1):
+                        out[p, g, j] = _STEP * (np.float32(number % ESCAPE_SIDE) - _HALF) if k >= 0 else _ZERO
+                        number //= ESCAPE_SIDE

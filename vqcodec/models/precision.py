@@ -19,3 +19,8 @@ def inference_precision(device: torch.device) -> torch.autocast:
 def full_precision(device: torch.device) -> torch.autocast:
     """float32 within autocast: on the linear path are the pixels themselves, of which bfloat16 loses whole levels."""
     return torch.autocast(device.type, torch.bfloat16, enabled=False)
+
+
+def inner_type(device: torch.device) -> torch.dtype:
+    """In which layers compute here."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32

@@ -81,8 +81,8 @@ class Codebook(nn.Module):
         return z.float().reshape(b, self.groups, self.dim, h * w).permute(1, 0, 3, 2).flatten(1, 2)
 
     def join(self, x: Tensor, b: int, h: int, w: int) -> Tensor:
-        """The inverse of ``split``: (B, M * d, h, w)."""
-        return x.view(self.groups, b, h * w, self.dim).permute(1, 0, 3, 2).reshape(b, -1, h, w)
+        """The inverse of ``split``: (B, M * d, h, w), channels last in memory."""
+        return x.transpose(0, 1).reshape(b, h, w, self.groups * self.dim).permute(0, 3, 1, 2)
 
     def activations(self, x: Tensor, b: int, h: int, w: int) -> Tensor:
         """Vectors (M, B h w, d) as the prior sees them: (B, h, w, M * d) on the activation grid."""
@@ -90,7 +90,11 @@ class Codebook(nn.Module):
         return seen.transpose(0, 1).reshape(b, h, w, -1)
 
     def lookup(self, index: Tensor) -> Tensor:
-        """Vectors (M, cells, d) of indices (M, cells)."""
+        """Vectors (M, cells, d) of indices (M, cells); on a CPU, all vectors of a cell side by side in memory."""
+        if index.device.type == "cpu" and not (torch.is_grad_enabled() and self.vectors.requires_grad):
+            found = self.vectors.new_empty(index.shape[1], self.groups, self.dim)
+            compiled.lookup(index.int().contiguous().numpy(), self.vectors.detach().numpy(), found.numpy())
+            return found.transpose(0, 1)
         index = index.long()
         table = F.pad(self.vectors, (0, 0, 1, 0)).flatten(0, 1)
         first = torch.arange(self.groups, device=index.device)[:, None] * (self.codes + 1)

@@ -43,7 +43,7 @@ def refined_latents(
 ) -> Tensor:
     """Latents (1, M * d, h, w) of the finest grid, better ones than z.
 
-    x: (1, 3, H, W) in 0..1, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the
+    x: (1, 3, H, W) uint8, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the
     rates; known: indices (1, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid``
     makes of them; visual: for the eye, not for squared error alone.
     The model's parameters must not require gradients.
@@ -66,11 +66,17 @@ def refined_latents(
                 indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         with torch.enable_grad():
-            decoded = model.decode_grid(finest, codes, context, level)
-            error = (decoded - x).pow(2).sum()
+            drawn = model.draw(codes, context, level)
             if visual:
-                error = (1 - VISUAL_SHARE) * error + VISUAL_SHARE * WORTH * x.numel() * eye(x, decoded).sum()
-            (gradient,) = torch.autograd.grad(bits * error, codes)
-        half = (gradient / 2).clamp(-VISUAL_LIMIT, VISUAL_LIMIT) if visual else gradient / 2
+                original, decoded = x.float() / 255, drawn.image
+                error = (1 - VISUAL_SHARE) * (decoded - original).pow(2).sum()
+                error = error + VISUAL_SHARE * WORTH * x.numel() * eye(original, decoded).sum()
+                (gradient,) = torch.autograd.grad(error, codes)
+            else:
+                pairs = zip(drawn, drawn.error_gradient(x), strict=True)
+                outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
+                (gradient,) = torch.autograd.grad(outputs, codes, towards)
+        half = gradient.mul_(bits / 2)
+        half = half.clamp_(-VISUAL_LIMIT, VISUAL_LIMIT) if visual else half
         z = torch.lerp(z, codes.detach() - half, STEP_SIZE)
     return z

@@ -61,7 +61,10 @@ def run_tiled(
             ratios = [x.shape[2] // (inner[0][1] - inner[0][0]) for x in results]
             if not outputs:
                 sizes = [size or (cells[0] * ratio, cells[1] * ratio) for ratio in ratios]
-                outputs = [x.new_empty(*x.shape[:2], *s, device="cpu") for x, s in zip(results, sizes, strict=True)]
+                outputs = [
+                    torch.empty((*x.shape[:2], *s), dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+                    for x, s in zip(results, sizes, strict=True)
+                ]
             for output, result, ratio in zip(outputs, results, ratios, strict=True):
                 target = _cut(output, inner, ratio)
                 target.copy_(result[:, :, : target.shape[2], : target.shape[3]])

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from bitstream.exact import ESCAPE_BITS
 from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
+from vqcodec.models.blocks import Drawn, to_blocks
 from vqcodec.models.dyadic import table_bits
 from vqcodec.models.pixelsnail import PixelSNAIL, Rows, rows_of, take
-from vqcodec.models.precision import full_precision
+from vqcodec.models.precision import full_precision, inference_precision, inner_type
 from vqcodec.models.quantizer import COMMITMENT, Codebook, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
@@ -51,7 +52,8 @@ class ResBlock(nn.Module):
         self.b.weight.data *= 0.3
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(F.relu(x)), inplace=True)).add_(x)
+        y = self.b(F.relu(self.a(F.relu(x)), inplace=True))
+        return y.add_(x) if y.dtype == x.dtype else y + x
 
 
 class Stage(nn.Module):
@@ -63,7 +65,11 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*(ResBlock(channels) for _ in range(blocks)))
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        return self.blocks(x * self.gain[level][:, :, None, None].to(x.dtype))
+        x = x * self.gain[level][:, :, None, None].to(x.dtype)
+        if self.training or x.dtype != torch.float32:
+            return self.blocks(x)
+        with inference_precision(x.device):  # of what is added: x itself stays in float32
+            return self.blocks(x)
 
 
 class Latent(nn.Module):
@@ -131,7 +137,7 @@ class VQVAE(nn.Module):
             self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, outcomes, above, levels))
             self.join[str(grid.stride)] = nn.Conv2d(width + (c if k else 0), c, 3, padding=1)
         self.synthesis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
-        self.up = nn.ModuleList(
+        self.up: Modules[nn.Sequential] = Modules(
             nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:], strict=False)
         )
         self.tail = nn.Sequential(nn.Conv2d(widths[0], 3 * STEM**2, 3, padding=1), nn.PixelShuffle(STEM))
@@ -143,7 +149,7 @@ class VQVAE(nn.Module):
         from the coarser grids, subtracted before coding and added after; coefficients to pixels."""
         finest = self.config.grids[-1]
         width = finest.groups * finest.dim
-        self.coefficients = nn.ModuleList()
+        self.coefficients: Modules[nn.Conv2d] = Modules()
         for grid, latent in zip(self.config.grids, self.latents, strict=True):
             layer = nn.Conv2d(3, grid.groups * grid.dim, grid.stride, grid.stride, bias=False)
             basis = block_basis(grid.stride, grid.groups, grid.dim)
@@ -160,43 +166,67 @@ class VQVAE(nn.Module):
 
     def analyse(self, x: Tensor, level: Tensor) -> list[Tensor]:
         """Features (B, C, H / stride, W / stride) of each grid's stage, coarsest first."""
-        y, found = self.stem(x - 0.5), {}
-        for k, stage in enumerate(self.analysis):
-            y = stage(y if k == 0 else self.down[k - 1](y), level)
-            found[self.strides[k]] = y
-        return [found[grid.stride] for grid in self.config.grids]
+        found: list[Tensor] = []
+        for k in reversed(range(len(self.config.grids))):
+            found.insert(0, self.features(k, found[0] if found else x, level))
+        return found
+
+    def features(self, k: int, x: Tensor, level: Tensor) -> Tensor:
+        """Features (B, C, H / stride, W / stride) of grid k's stage, from those of the next finer grid; those of the
+        finest grid from the pixels."""
+        last = self.strides.index(self.config.grids[k].stride)
+        first = 0 if self._finest(k) else self.strides.index(self.config.grids[k + 1].stride) + 1
+        for stage in range(first, last + 1):
+            x = self.down[stage - 1](x) if stage else self.stem[1](to_blocks(x, STEM, inner_type(x.device)))
+            x = self.analysis[stage](x, level)
+        return x
 
     def latent(self, k: int, x: Tensor, features: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Latents z (B, M * d, h, w) of grid k from the pixels, their features and the decoded coarser grids."""
         if context is not None:
-            features = self.merge[k](torch.cat([features, context], 1))
+            features = self.merge[k](torch.cat([features, context.to(features.dtype)], 1))
         linear = None
         if self.config.linear_path:
             with full_precision(x.device):
-                linear = self.coefficients[k](x - 0.5)
+                linear = pointwise(to_blocks(x, self.config.grids[k].stride), self.coefficients[k].weight)
                 if context is not None and self._finest(k):
-                    linear = linear - self.expect(context.float())
+                    linear = linear - pointwise(context.float(), self.expect.weight, self.expect.bias)
         return self.latents[k].encode(features, linear, level)
 
     def decode_grid(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Decode grid k: code vectors (B, M * d, h, w) and the context from coarser grids -> the context of the next
         finer grid (B, C, h', w'); after the finest grid, the image (B, 3, H, W)."""
+        return (
+            self.draw(codes, context, level).image if self._finest(k) else self._synthesise(k, codes, context, level)[0]
+        )
+
+    def draw(self, codes: Tensor, context: Tensor | None, level: Tensor) -> Drawn:
+        """The picture of the finest grid's code vectors, as ``decode_grid``."""
+        y, linear = self._synthesise(len(self.codebooks) - 1, codes, context, level)
+        return Drawn(self.tail[0](y), linear)
+
+    def _synthesise(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The context of the next finer grid, or of the tail; and what the linear path draws, after the finest grid."""
         y, linear = self.latents[k].decode(codes, level), None
         if self.config.linear_path and self._finest(k):
             with full_precision(codes.device):
                 if context is not None:
-                    y = y + self.expect(context.float())
-                linear = self.pixels(y)
-        y = self.join[str(self.config.grids[k].stride)](y if context is None else torch.cat([y, context], 1))
+                    y = y + pointwise(context.float(), self.expect.weight, self.expect.bias)
+                linear = pointwise(y, self.pixels.weight.flatten(1).t())
+        if context is not None:
+            y = torch.cat([y.to(context.dtype), context], 1)
+        y = self.join[str(self.config.grids[k].stride)](y)
         stage = self.strides.index(self.config.grids[k].stride)
         last = 0 if self._finest(k) else self.strides.index(self.config.grids[k + 1].stride) + 1
         y = self.synthesis[stage](y, level)
         for s in range(stage - 1, last - 1, -1):
-            y = self.synthesis[s](self.up[s](y), level)
-        if last:
-            return self.up[last - 1](y)
-        y = self.tail(y).float() + 0.5
-        return y if linear is None else y + linear
+            y = self.synthesis[s](self._double(s, y), level)
+        return (self._double(last - 1, y) if last else y), linear
+
+    def _double(self, s: int, y: Tensor) -> Tensor:
+        """What stage s gets of the next coarser one: twice the resolution."""
+        weight, bias = self.up[s][0].parameters()
+        return F.pixel_shuffle(pointwise(y, weight, bias), 2)
 
     def _finest(self, k: int) -> bool:
         return k == len(self.config.grids) - 1
@@ -326,6 +356,12 @@ class VQVAE(nn.Module):
             book.update(values, choice, cell_level)
         index = choice.indices.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
         return index, book.join(v + (choice.vectors - v).detach(), b, h, w), penalty
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of x (B, C, h, w), as a product: in float32 torch's convolutions take longer. weight: (D, ...),
+    C numbers for each output."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def _by_cell(weight: float | Tensor, z: Tensor) -> Tensor:
