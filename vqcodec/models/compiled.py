@@ -30,7 +30,7 @@ from bitstream.exact import (
     WEIGHT_MAX,
 )
 from bitstream.kernels import kernel
-from bitstream.products import njit
+from bitstream.products import LEAN, njit
 
 # Sums may be taken in any order, so that they are vectors; infinities keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -51,7 +51,8 @@ _CELLS = 64  # whose vectors stay in the nearest cache
 
 
 def _kernel(function: Any) -> Any:
-    return kernel(function, fastmath=_FAST)
+    # Nothing is allocated in them, for one would do for numba to import what compiling needs: 0.7 s of a program's start.
+    return kernel(function, fastmath=_FAST, **LEAN)
 
 
 def rows_of(x: Tensor) -> NDArray[Any]:
@@ -105,23 +106,18 @@ def _log2_sum(row):  # type: ignore[no-untyped-def]
 
 @_kernel
 def choose(  # type: ignore[no-untyped-def]
-    z, null, active, place, logits, source, vectors, weights, escape, gradient, index, chosen, rate
+    z, null, active, place, logits, source, vectors, norm, weights, escape, gradient, scratch, index, chosen, rate
 ):
     """The choice of ``Codebook.choose`` for some rows, in their places.
 
     z: (places, d) float32; null, active: (places,) float32; place: (n,) int64, the rows; logits: (m, N) float32, of
-    which a row's are at source (n,) int64; vectors: (M, d, K) float32; weights: (cells,) float32. Filled at
-    the places: index (places,) int64 and chosen (places, d), where it is not null, and with gradient rate (places, d).
+    which a row's are at source (n,) int64; vectors: (M, d, K) float32, and norm, (M, K), their squares' sums; weights:
+    (cells,) float32; scratch: (3, max(N, d)) float32. Filled at the places: index (places,) int64 and chosen
+    (places, d), where it is not null, and with gradient rate (places, d).
     """
     groups, dim, codes = vectors.shape
     cells, outcomes = len(z) // groups, logits.shape[1]
-    norm = np.zeros((groups, codes), np.float32)
-    for g in range(groups):
-        for j in range(dim):
-            for k in range(codes):
-                norm[g, k] += vectors[g, j, k] ** 2
-    merit, bits = np.empty(outcomes, np.float32), np.empty(outcomes, np.float32)
-    point = np.zeros(dim, np.float32)
+    merit, bits, point = scratch[0, :outcomes], scratch[1, :outcomes], scratch[2, :dim]
     for r in range(len(place)):
         p = place[r]
         g, weight = p // cells, weights[p % cells]
@@ -301,12 +297,11 @@ def add(stream, sums, bias, gated, height, offsets, out, taps):  # type: ignore[
 
 @_kernel
 def add_backward(  # type: ignore[no-untyped-def]
-    sums, bias, gated, height, offsets, out, to_out, to_taps, to_stream, to_sums, to_bias
+    sums, bias, gated, height, offsets, total, out, to_out, to_taps, to_stream, to_sums, to_bias
 ):
     n, channels = out.shape
     cells = n // len(bias)
     width = cells // height
-    total = np.empty(channels, np.float32)
     for b in range(len(bias)):
         for i in range(height):
             for j in range(width):

@@ -165,7 +165,9 @@ class _Add(torch.autograd.Function):
     def backward(ctx: Any, to_out: Tensor, to_taps: Tensor) -> tuple[Tensor | None, ...]:
         sums, bias, out = ctx.saved_tensors
         found = torch.empty_like(out), torch.empty_like(sums), torch.zeros_like(bias)
-        compiled.add_backward(rows_of(sums), rows_of(bias), *ctx.layout, *map(rows_of, (out, to_out, to_taps, *found)))
+        rest = (out, to_out, to_taps, *found)
+        total = np.empty(out.shape[-1], np.float32)
+        compiled.add_backward(rows_of(sums), rows_of(bias), *ctx.layout, total, *map(rows_of, rest))
         return *found, None, None
 
 

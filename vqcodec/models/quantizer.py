@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -162,10 +163,11 @@ class Codebook(nn.Module):
         nothing = z.new_zeros(z.shape, dtype=torch.float32)
         choice = Choice(z.new_zeros(z.shape[:2], dtype=torch.long), nothing, nothing.clone())
         given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
-        vectors = self.vectors.detach().mT.contiguous().numpy()
+        vectors = self.vectors.detach().mT.contiguous()
+        norm, scratch = vectors.square().sum(1), np.zeros((3, max(self.outcomes, self.dim)), np.float32)
         compiled.choose(
-            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors, weight.numpy(), self.escape,
-            gradient, *(x.flatten(0, 1).numpy() for x in choice),
+            *given, rows.place.numpy(), table.float().numpy(), at.numpy(), vectors.numpy(), norm.numpy(),
+            weight.numpy(), self.escape, gradient, scratch, *(x.flatten(0, 1).numpy() for x in choice),
         )  # fmt: skip
         return choice
 
