@@ -51,7 +51,7 @@ _CELLS = 64  # whose vectors stay in the nearest cache
 
 
 def _kernel(function: Any) -> Any:
-    # Nothing is allocated in them, for one would do for numba to import what compiling needs: 0.7 s of a program's start.
+    # They allocate nothing: one that did would make numba import all that compiling needs, 0.7 s of a program's start.
     return kernel(function, fastmath=_FAST, **LEAN)
 
 
