@@ -59,11 +59,10 @@ def refined_latents(
     with full_precision(x.device):
         condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
     for step in range(steps):
-        with full_precision(x.device):
-            if step == 0:
-                indices = model.guess(finest, z, level, rate_weights)
-            else:
-                indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
+        if step == 0:
+            indices = model.guess(finest, z, level, rate_weights)
+        else:
+            indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         with torch.enable_grad():
             drawn = model.draw(codes, context, level)
