@@ -225,8 +225,13 @@ class VQVAE(nn.Module):
 
     def _double(self, s: int, y: Tensor) -> Tensor:
         """What stage s gets of the next coarser one: twice the resolution."""
-        weight, bias = self.up[s][0].parameters()
-        return F.pixel_shuffle(pointwise(y, weight, bias), 2)
+        # As the pixel shuffle of the layers, but with whole vectors of channels to move, forwards and backwards.
+        b, _, h, w = y.shape
+        weight, bias = (
+            p.view(len(p), -1).unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1) for p in self.up[s][0].parameters()
+        )
+        y = pointwise(y, weight, bias[:, 0]).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+        return y.transpose(2, 3).reshape(b, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
     def _finest(self, k: int) -> bool:
         return k == len(self.config.grids) - 1
