@@ -105,6 +105,22 @@ def _log2_sum(row):  # type: ignore[no-untyped-def]
 
 
 @_kernel
+def likely(z, null, active, weights, place, ends):  # type: ignore[no-untyped-def]
+    """The rows in which null is not sure to win: their places among the first of place (M * cells,) int64, and in ends
+    (M,) int32 where those of each group end; otherwise as ``choose``, by (group, cell)."""
+    groups, cells, dim = z.shape
+    n = 0
+    for g in range(groups):
+        for p in range(cells):
+            square = np.float32(0)
+            for j in range(dim):
+                square += z[g, p, j] ** 2
+            place[n] = g * cells + p
+            n += square + weights[p] * null[g, p] > weights[p] * active[g, p]
+        ends[g] = n
+
+
+@_kernel
 def choose(  # type: ignore[no-untyped-def]
     z, null, active, place, logits, source, vectors, norm, weights, escape, gradient, scratch, index, chosen, rate
 ):

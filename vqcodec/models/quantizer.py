@@ -145,9 +145,15 @@ class Codebook(nn.Module):
         gradient: with the rate's gradient, that of the expected bits of indices drawn from q = softmax(-cost):
         d/dz sum_k q_k r_k = 2 sum_k q_k (r_k - mean r) e_k. It is 0 where null is sure to win.
         """
-        rows = rows_of(z.pow(2).sum(-1) + weight * null > weight * active)
-        way = self._choose_compiled if z.device.type == "cpu" else self._choose
-        return way(z, null, active, rows, *logits(rows), weight, gradient)
+        if z.device.type != "cpu":
+            rows = rows_of(z.pow(2).sum(-1) + weight * null > weight * active)
+            return self._choose(z, null, active, rows, *logits(rows), weight, gradient)
+        z, null, active = (x.float().contiguous() for x in (z, null, active))
+        place = torch.empty(null.numel(), dtype=torch.long, device="cpu")
+        ends = torch.empty(self.groups, dtype=torch.int32, device="cpu")
+        compiled.likely(*(x.numpy() for x in (z, null, active, weight, place, ends)))
+        rows = Rows(place[: int(ends[-1])], ends)
+        return self._choose_compiled(z, null, active, rows, *logits(rows), weight, gradient)
 
     def _choose_compiled(
         self,
@@ -162,7 +168,7 @@ class Codebook(nn.Module):
     ) -> Choice:
         nothing = z.new_zeros(z.shape, dtype=torch.float32)
         choice = Choice(z.new_zeros(z.shape[:2], dtype=torch.long), nothing, nothing.clone())
-        given = (x.float().contiguous().flatten(0, 1).numpy() for x in (z, null, active))
+        given = (x.flatten(0, 1).numpy() for x in (z, null, active))
         vectors = self.vectors.detach().mT.contiguous()
         norm, scratch = vectors.square().sum(1), np.zeros((3, max(self.outcomes, self.dim)), np.float32)
         compiled.choose(
