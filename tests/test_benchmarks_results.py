@@ -60,6 +60,12 @@ def test_the_bd_rates_are_those_of_the_committed_results() -> None:
     assert [[row[0].split(" (")[0], *row[1:]] for row in table_rows("BD-rate against")] == expected
 
 
+def test_the_table_for_the_eye_is_that_of_the_committed_results() -> None:
+    rates = [results("kodak-visual")["bd_rate"][metric] for metric in ("ssimulacra2", "butteraugli", "psnr")]
+    for name, *row in table_rows("against, for the eye"):
+        assert row == [f"{found[RIVALS[name]]['percent']:+.1f} %" for found in rates]
+
+
 def test_prose_rounds_the_committed_results() -> None:
     kodak = results("kodak")
     rates = {name: kodak["bd_rate"]["psnr"][name]["percent"] for name in ("jpeg", "webp")}
@@ -73,7 +79,7 @@ def test_prose_rounds_the_committed_results() -> None:
     assert f"from {low['psnr']:.1f} to {high['psnr']:.1f} dB" in card
 
 
-@pytest.mark.parametrize("name, images", [("kodak", 24), ("valid", 32)])
+@pytest.mark.parametrize("name, images", [("kodak", 24), ("kodak-visual", 24), ("valid", 32)])
 def test_size_and_psnr_rise_with_quality_for_every_committed_image(name: str, images: int) -> None:
     curves: dict[str, list[tuple[float, int, float]]] = {}
     for row in results(name)["rows"]:
@@ -128,5 +134,5 @@ def test_the_effort_table_is_that_of_the_committed_results() -> None:
 
 def test_all_committed_results_are_of_the_shipped_weights() -> None:
     shipped = fingerprint(load_weights()).hex()
-    for name in ("kodak", "valid", "speed", "ablate", "entropy"):
+    for name in ("kodak", "kodak-visual", "valid", "speed", "ablate", "entropy"):
         assert results(name)["machine"]["fingerprint"] == shipped, name
