@@ -25,15 +25,14 @@ from bitstream.errors import ImageError
 from vqcodec import Codec
 from vqcodec.config import DEFAULT_QUALITY
 from vqcodec.image import read
-from vqcodec.models import refine
 
 DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
 DEFAULT_RIVALS = ("jpeg", "webp", "avif-420-psnr", "jxl", "jpeg2000")
 
 # The functions of each stage, as (owner, name).
 STAGES: dict[str, list[tuple[Any, str]]] = {
-    "networks": [(vqcodec.codec, "run_tiled")],
-    "fit": [(refine, "refined_latents")],
+    "networks": [(vqcodec.Codec, "tiled"), (vqcodec.codec, "_decode_pixels")],
+    "fit": [(vqcodec.codec.PictureEncoder, "_fitted")],
     "walk": [(walk, "_fill")],  # with reading words
     "rANS": [*((rans.Encoder, name) for name in ("push", "finish")), (rans, "split")],
     "container": [

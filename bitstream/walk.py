@@ -11,10 +11,8 @@ microseconds goes to sleep for a while, so that a machine with less cores than t
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +23,7 @@ from bitstream.exact import AROUND, ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, CON
 from bitstream.kernels import BLOCK, CHUNK, CONDITION_COLUMNS, WAVES, ZERO, Coder, ConditionRoom, Room, Walk
 from bitstream.prior import Prior, aligned, padded
 from bitstream.records import pack
+from bitstream.team import Team
 
 Grid = NDArray[np.uint16]
 Floats = NDArray[np.float32]
@@ -131,7 +130,8 @@ def _fill(setting: Setting, coder: Coder, encoders: Sequence[rans.Encoder]) -> G
     """The one loop behind encoding, decoding and sampling: fills a grid (M, h, w), wave by wave."""
     prior, (h, w) = setting.prior, setting.shape
     model, streams = prior.model, len(coder.place)
-    with _Team(min(streams, setting.threads or cores())) as team:
+    # A power of two divides the number of lanes, which is one as well.
+    with Team(1 << min(streams, setting.threads or cores()).bit_length() - 1) as team:
         walk = _walk(setting, team.size)
         shared = [pack(record) for record in (prior.net, model, walk, coder)]
         rooms = [pack(_room(model)) for _ in range(team.size)]
@@ -243,51 +243,3 @@ def _condition_room(net: kernels.Network, shape: tuple[int, ...]) -> ConditionRo
         narrow=np.empty((CHUNK, width), np.uint8),
         sums=np.empty((CHUNK, net.layers[:, 3].max()), np.int32),
     )
-
-
-class _Team:
-    """This thread and others, as many as can be had, that do the parts of a task at the same time.
-
-    ``failed`` is set when one of them raises: the others look at it and stop, lest they wait for it for ever.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.failed = False
-        self.size = 1 << size.bit_length() - 1  # divides the number of lanes, as both are powers of two
-        self.pool = ThreadPoolExecutor(self.size - 1) if self.size > 1 else None
-
-    def __enter__(self) -> "_Team":
-        if self.pool:
-            together = threading.Barrier(self.size)
-            try:
-                for _ in range(self.size - 1):
-                    self.pool.submit(together.wait)
-                together.wait()
-            except RuntimeError:  # too many threads, no threads at all, or the program ends: then alone
-                together.abort()
-                self.pool.shutdown()
-                self.size, self.pool = 1, None
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.pool:
-            self.pool.shutdown()
-
-    def run(self, task: Callable[[int], None]) -> None:
-        """task(part) for each part; the first of their exceptions is raised when all have come to an end."""
-
-        def guarded(part: int) -> None:
-            try:
-                task(part)
-            except BaseException:
-                self.failed = True
-                raise
-
-        others = [self.pool.submit(guarded, part) for part in range(1, self.size)] if self.pool else []
-        try:
-            guarded(0)
-        finally:
-            errors = [other.exception() for other in others]
-        for error in errors:
-            if error:
-                raise error

@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.config import BEST_QUALITY, EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
 from vqcodec.image import from_pil, read
 from vqcodec.metrics import psnr
-from vqcodec.models import precision, refine, tiling
+from vqcodec.models import precision, tiling
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.trainer import with_two_banks
@@ -299,6 +300,44 @@ def test_tiles_give_the_picture_that_one_piece_gives(codec: Codec, monkeypatch: 
     assert abs(len(codec.encode(image, 2)) - len(data)) <= 8
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_threads_that_share_the_tiles_make_what_one_makes(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    monkeypatch.setattr(tiling, "TILE", 64)
+    image = Image.open(IMAGES / "otters.png").crop((100, 100, 397, 311))
+    made = []
+    for number in (1, 2, 5):
+        threads(number)
+        data = codec.encode(image, 2)
+        made.append((data, codec.decode(data).tobytes()))
+        assert torch.get_num_threads() == number
+    assert made[0] == made[1] == made[2]
+
+
+def test_what_goes_wrong_in_a_tile_comes_out(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
+) -> None:
+    monkeypatch.setattr(tiling, "TILE", 64)
+    threads(2)
+    image = Image.open(IMAGES / "otters.png").crop((100, 100, 397, 311))
+
+    def stop(done: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codec.encode(image, 2, progress=stop)
+    assert torch.get_num_threads() == 2
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 @pytest.mark.parametrize("size", [(96, 72), (8, 8), (16, 400)])
 def test_progress_rises_to_one(codec: Codec, size: tuple[int, int]) -> None:
     seen: list[float] = []
@@ -312,7 +351,6 @@ def test_progress_rises_to_one(codec: Codec, size: tuple[int, int]) -> None:
 def test_progress_goes_on_in_the_networks(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tile by tile: no stage is passed over in one jump."""
     monkeypatch.setattr(tiling, "TILE", 64)
-    monkeypatch.setattr(refine, "TILE", 64)
     image = Image.open(IMAGES / "otters.png").crop((100, 100, 420, 420))
     encoder = PictureEncoder(codec, from_pil(image))
     first: list[float] = []

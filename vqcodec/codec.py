@@ -1,7 +1,6 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +37,7 @@ from vqcodec.image import (
 from vqcodec.masking import visibility
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
-from vqcodec.models.precision import full_precision, inference_precision
+from vqcodec.models.precision import full_precision, inference
 from vqcodec.models.tiling import TiledNetwork, run_tiled
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.progress import Progress, Stages
@@ -312,7 +311,7 @@ class PictureEncoder:
         analysis = ANALYSIS if row != self._row else 0
         coarse = finest * (COARSE_WALK + CONTEXT + LATENTS)
         stages = Stages(progress, analysis + coarse + self.steps * FIT_STEP + WALK)
-        with _inference(codec.device):
+        with inference(codec.device):
             rate_weights = rate_weight / self._visibility
             self._analyse(row, stages.next(analysis))
             number = _number(row, codec.device)
@@ -386,14 +385,13 @@ class PictureEncoder:
         # A gradient reaches twice as far, but what comes from there is next to nothing.
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
         tiled = TiledNetwork(fit, sources, model.config.halo(finest))
-        (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, None, refine.TILE, progress)
+        (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, progress=progress)
         return z
 
     def _rate_share(self, z: Tensor) -> Tensor:
         """Factors on the rate in the cells of the finest grid, (1, 1, h, w), by its latents."""
-        stride = self.codec.model.config.stride  # as halo: a cell at least
-        tiled = TiledNetwork(lambda z: [rate_share(z)], [z], stride)
-        return run_tiled([tiled], self.cells, stride, self.codec.device)[0]
+        halo = self.codec.model.config.stride  # a cell at least
+        return self.codec.tiled(lambda z: [rate_share(z)], halo, self.cells, z)[0]
 
     @cached_property
     def _visibility(self) -> Tensor:
@@ -446,7 +444,7 @@ def _decode_pixels(
         return TiledNetwork(decode, grids, config.halo(k))
 
     cells = (grids[0].shape[2], grids[0].shape[3])
-    with _inference(codec.device):
+    with inference(codec.device):
         networks = [network(k) for k in range(len(config.grids))]
         (x,) = run_tiled(networks, cells, config.stride, codec.device, size, progress=progress)
     return x[0].permute(1, 2, 0).contiguous().numpy()
@@ -467,10 +465,3 @@ def _tensor(grid: Grid) -> Tensor:
 def _number(row: int, device: torch.device) -> Tensor:
     """A row of the gains, as the networks take it for their level."""
     return torch.tensor([row], dtype=torch.long, device=device)
-
-
-@contextmanager
-def _inference(device: torch.device) -> Iterator[None]:
-    """Without gradients, in the networks' precision."""
-    with torch.inference_mode(), inference_precision(device):
-        yield

@@ -4,17 +4,18 @@ from pathlib import Path
 
 from bitstream.errors import LimitError
 
-TILE = 1536  # pixels a side for the networks: large enough for the halo to cost little, small enough to bound memory
+TILE = 768  # pixels a side for the networks: large enough for the halo to cost little, small enough to bound memory
+TILES_AT_ONCE = 4  # for the same reason
 
 # What decoding takes at most: bytes, bytes for each pixel of the picture's blocks of 16 x 16, and for each pixel of
 # what the networks work on at once. Measured by tests/trust/limits.py.
-BASE, PER_PIXEL, PER_PIXEL_OF_A_TILE, LARGEST_TILE = 50 * 10**6, 12, 300, (TILE + 256) ** 2
+BASE, PER_PIXEL, PER_PIXEL_OF_TILES, LARGEST_TILES = 50 * 10**6, 12, 300, TILES_AT_ONCE * (TILE + 256) ** 2
 
 
 def needed(width: int, height: int) -> int:
     """Bytes that decoding a picture takes besides those that a loaded model has."""
     pixels = -(-width // 16) * -(-height // 16) * 256
-    return BASE + PER_PIXEL * pixels + PER_PIXEL_OF_A_TILE * min(pixels, LARGEST_TILE)
+    return BASE + PER_PIXEL * pixels + PER_PIXEL_OF_TILES * min(pixels, LARGEST_TILES)
 
 
 def available() -> int | None:

@@ -1,5 +1,7 @@
 """Where networks compute in bfloat16 and where they must not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,13 @@ def fast_bfloat16(device: torch.device) -> bool:
 def inference_precision(device: torch.device) -> torch.autocast:
     """bfloat16, in which the networks were trained, where it is fast; whatever autocast the caller may have set."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+
+
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """Without gradients, in the networks' precision; of this thread alone, as both are."""
+    with torch.inference_mode(), inference_precision(device):
+        yield
 
 
 def full_precision(device: torch.device) -> torch.autocast:

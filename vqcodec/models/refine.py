@@ -23,7 +23,6 @@ from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
 STEP_SIZE = 0.35  # of the way to e - g / 2; 0.5 does as well, 0.1 takes more steps, 1 overshoots
-TILE = 768  # pixels: a larger tile takes more memory than all else, a smaller one more time for its halo
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.8 does as well by it and costs more PSNR
 VISUAL_LIMIT = 1.0  # of g / 2, in each channel, for the eye
 
