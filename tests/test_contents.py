@@ -10,11 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.image import Bytes, from_array
-from vqcodec.metrics import psnr
 
-# dB by effort. Every level has networks of its own: without a fit one can be luckier than the next with faint noise or
-# one pattern everywhere (by 1.25 in one of 96 random pictures, else by 0.14 at most; with a fit by 0.002).
-LUCK = (0.5, 0.05)
+# Every level has codes of its own, coarse where the rate is low: with one pattern or one colour everywhere, one can be
+# luckier than the next. By this the mean squared error may rise from a level to a better one: dB by effort (0.21 and
+# 0.03 were seen, in 240 and 60 pictures), or squared grey levels, for faint noise, of which little but a mean colour
+# is coded (6.5 and 4.4, in 200 and 30 pictures).
+LUCK, LUCK_OF_A_COLOUR = (0.25, 0.05), 8.0
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def noise(rng: np.random.Generator, size: int) -> Bytes:
     return rng.normal(colour(rng), rng.integers(1, 100), (size, size, 3)).clip(0, 255).astype(np.uint8)
 
 
+def faint_noise(rng: np.random.Generator, size: int) -> Bytes:
+    return rng.normal(colour(rng), rng.integers(1, 8), (size, size, 3)).clip(0, 255).astype(np.uint8)
+
+
 def patches(rng: np.random.Generator, size: int) -> Bytes:
     """Flat colours."""
     side = int(rng.integers(3, 40))
@@ -53,18 +58,19 @@ def patches(rng: np.random.Generator, size: int) -> Bytes:
     return np.kron(colours, np.ones((side, side, 1), np.uint8))[:size, :size]
 
 
-@pytest.mark.parametrize("draw", [text, checkerboard, noise, patches])
+@pytest.mark.parametrize("draw", [text, checkerboard, noise, faint_noise, patches])
 @pytest.mark.parametrize("effort", [0, 1])
 @settings(max_examples=2, derandomize=True)
 @given(st.integers(64, 96), st.integers(0, 10**6))
 def test_psnr_rises_with_quality(codec: Codec, draw: Draw, effort: int, size: int, seed: int) -> None:
     pixels = draw(np.random.default_rng(seed), size)
-    encoder, found = PictureEncoder(codec, from_array(pixels), effort), []
+    encoder, errors = PictureEncoder(codec, from_array(pixels), effort), []
     for quality in range(1, codec.model.config.levels + 1):
         encoder.encode(quality)
-        found.append(psnr(pixels, encoder.decoded()))
-        assert found[-1] == np.inf or found[-1] > max(found) - LUCK[effort]
-    assert found[-1] == np.inf or found[-1] > found[0]
+        errors.append(float(np.square(encoder.decoded() - pixels.astype(float)).mean()))
+        least = min(errors)
+        assert errors[-1] <= max(least * 10 ** (LUCK[effort] / 10), least + LUCK_OF_A_COLOUR)
+    assert errors[-1] < errors[0] or errors[0] == 0
 
 
 def test_a_smooth_sky_keeps_its_colours(codec: Codec) -> None:
