@@ -971,6 +971,8 @@ def compare(
     facts = source_facts(data, original)
     write_file(target, page(storage.split(source)[1], original, rows, facts), force)
     _warn(title(source), original.notes)
+    if target != "-":
+        _echo(_printable(target))
 
 
 class _Dimensions(click.ParamType):

@@ -571,7 +571,7 @@ def test_samples_have_the_limits_of_decoding(here: Path, codec: Codec) -> None:
 
 
 def test_compare_writes_one_page_with_everything_in_it(photo: Path) -> None:
-    succeeded(run("compare", "photo.png", "-q", 1, "-q", 2.5))
+    assert succeeded(run("compare", "photo.png", "-q", 1, "-q", 2.5)).stdout == "photo.html\n"
     page = Path("photo.html").read_text("utf-8")
     titles = re.findall(r"<figcaption><b>([^<]+)</b>", page)
     assert titles[0] == "original" and titles.count("JPEG") == titles.count("WEBP") == 2
