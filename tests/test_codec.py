@@ -163,6 +163,12 @@ def test_a_model_codes_like_its_weights_file(tmp_path: Path) -> None:
     Codec.load(tmp_path / "w.safetensors", "cpu").decode(data)
 
 
+def test_a_weights_file_is_for_whom_any_new_file_is(tmp_path: Path) -> None:
+    save_weights(load_weights(WEIGHTS), tmp_path / "w.safetensors")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_a_sample_keeps_the_coarse_grid_that_it_is_drawn_around() -> None:
     codec = Codec.load(device="cpu")  # the tiny model's prior has learned too little to be followed so far
     photo = Image.open(IMAGES / "photo.png").convert("RGB")

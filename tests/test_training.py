@@ -205,7 +205,7 @@ def test_folders_without_usable_images_are_named(tmp_path: Path, images: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no images"):
         Cache(tmp_path / "empty", tmp_path / "cache")
-    with pytest.raises(ValueError, match="512 x 512"):
+    with pytest.raises(ValueError, match=f"no image of {images} is as large .* 512 x 512"):
         Crops([(Cache(images, tmp_path / "cache"), 1.0)], 512, torch.device("cpu"))
 
 

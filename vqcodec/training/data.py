@@ -40,6 +40,7 @@ class Cache:
         if not self._whole(data, index):
             cache.mkdir(parents=True, exist_ok=True)
             self._build(paths, data, index, report)
+        self.folder = folder
         self.shapes = np.load(index)  # (images, 3): offset, height, width
         self.pixels = np.memmap(data, np.uint8, "r")
 
@@ -99,7 +100,8 @@ class Crops:
             usable = cache.shapes[:, 1:].min(1) >= largest
             if not usable.any():
                 raise ImageError(
-                    f"no training image is as large as a crop, {largest} x {largest}: choose a smaller --crop"
+                    f"no image of {cache.folder} is as large as the largest crops, {largest} x {largest} pixels: "
+                    "choose a smaller --crop"
                 )
             root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
             chances.append(root / root.sum() * share)

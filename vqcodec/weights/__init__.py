@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from bitstream.errors import WeightsError
 from bitstream.exact import ACTIVATION_BITS, LOGIT_BITS
 from bitstream.weights import FORMAT, Weights
 from vqcodec.config import SHIPPED, ModelConfig
+from vqcodec.files import write_atomically
 from vqcodec.models.dyadic import DyadicLinear, logit, power_of_two, weight_exponent
 from vqcodec.models.pixelsnail import CausalAttention
 from vqcodec.models.vqvae import VQVAE
@@ -94,7 +95,8 @@ def _half(name: str, value: Tensor) -> Tensor:
 
 def save_weights(model: VQVAE, path: Path) -> None:
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
-    save_file(to_file(model), path, metadata)
+    with write_atomically(path, force=True) as file:  # safetensors' own file would be for its owner alone
+        file.write(save(to_file(model), metadata))
 
 
 def load_weights(path: Path = SHIPPED) -> VQVAE:
