@@ -12,6 +12,8 @@ from bitstream.team import Team
 from vqcodec.memory import TILE, TILES_AT_ONCE
 from vqcodec.models.precision import inference
 
+SMALLEST_TILE = 256  # pixels a side; a smaller one is mostly halo
+
 Cells = Sequence[tuple[int, int]]  # first and last row, first and last column
 
 
@@ -47,8 +49,12 @@ def run_tiled(
     there is much that is short or waits for memory.
     """
     outputs: list[Tensor] = []
-    edges = [_split(end, TILE // stride) for end in cells]
-    tiles = [list(inner) for inner in itertools.product(*edges)]
+    parts = [-(-end * stride // TILE) for end in cells]
+    longer = cells.index(max(cells))
+    if parts == [1, 1] and cells[longer] * stride >= 2 * SMALLEST_TILE:
+        parts[longer] = 2  # for two threads; with one, too, so that results are the same
+    ends = ([end * k // n for k in range(n + 1)] for end, n in zip(cells, parts, strict=True))
+    tiles = [list(inner) for inner in itertools.product(*map(itertools.pairwise, ends))]
     margins = [sum(network.halo for network in networks[k:]) // stride for k in range(len(networks) + 1)]
     lock, left, done = threading.Lock(), iter(tiles), 0
 
@@ -97,13 +103,6 @@ def run_tiled(
     if progress:
         progress(1.0)
     return outputs
-
-
-def _split(cells: int, span: int) -> list[tuple[int, int]]:
-    """Parts of a side, of about the same size, of at most ``span`` cells."""
-    parts = -(-cells // span)
-    ends = [cells * k // parts for k in range(parts + 1)]
-    return list(itertools.pairwise(ends))
 
 
 def _cut(x: Tensor, box: Cells, ratio: int) -> Tensor:
