@@ -1,7 +1,13 @@
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import WEIGHTS
 
+from vqcodec.codec import Codec, PictureEncoder
+from vqcodec.image import from_array
+from vqcodec.models import tiling
 from vqcodec.smooth import HALF_WAY, LEAST, rate_share
 
 SIDES = st.integers(1, 12)
@@ -34,3 +40,10 @@ def test_a_cell_matters_to_itself_and_the_eight_around_it() -> None:
     expected = torch.full((7, 9), LEAST)
     expected[2:5, 3:6] = (1 + LEAST) / 2
     torch.testing.assert_close(rate_share(latents)[0, 0], expected)
+
+
+def test_shares_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, latents = Codec.load(WEIGHTS, "cpu"), noise(40, 56)
+    encoder = PictureEncoder(codec, from_array(np.zeros((320, 448, 3), np.uint8)))
+    monkeypatch.setattr(tiling, "TILE", 64)
+    torch.testing.assert_close(encoder._rate_share(latents), rate_share(latents))
