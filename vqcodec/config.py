@@ -15,7 +15,7 @@ DEFAULT_TUNE: Tune = "psnr"
 # Quality levels 1..8: from about 0.07 to 1.2 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
 LAMBDAS = (0.0007, 0.00135, 0.00261, 0.00504, 0.00973, 0.0188, 0.0363, 0.07)
 BEST_QUALITY = len(LAMBDAS)
-EFFORTS = (0, 1, 3, 8)  # efforts 0..3: gradient steps of the latents towards what the very image needs
+EFFORTS = (0, 2, 4, 8)  # efforts 0..3: gradient steps of the latents towards what the very image needs
 
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
 
