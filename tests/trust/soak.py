@@ -22,6 +22,11 @@ from bitstream.container import ColourMode  # noqa: E402
 from vqcodec.alpha import prepared  # noqa: E402
 from vqcodec.codec import Codec  # noqa: E402
 from vqcodec.image import Picture, read  # noqa: E402
+from vqcodec.models import precision  # noqa: E402
+
+# Of products in bfloat16 oneDNN keeps a kernel for each number of rows, some hundred megabytes of them in the end, and
+# the capacity above is not that of theirs.
+precision.fast_bfloat16 = lambda device: False
 
 ALLOWED_GROWTH = 16  # MB, from the first half to the last eighth: until then caches fill
 
