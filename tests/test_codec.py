@@ -1,11 +1,14 @@
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden import IMAGES
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_model import GOLDEN, WEIGHTS
 
 import vqcodec
 from bitstream import container, rans
 from bitstream.container import Container, Header
-from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError
+from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError, WeightsError
 from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.config import BEST_QUALITY, EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
 from vqcodec.image import from_pil, read
@@ -522,3 +527,38 @@ def test_models_of_one_or_three_grids_code_at_every_effort(
     for effort in range(len(EFFORTS)):
         for tune in TUNES:
             assert small.decode(small.encode(image, 1, effort=effort, tune=tune)).size == image.size
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"blocks": 10**7},
+        {"encoder_blocks": 10**7},
+        {"encoder_blocks": 3},
+        {"encoder_blocks": -1},
+        {"encoder_blocks": "2"},
+        {"channels": [10**6, 24, 24]},
+    ],
+    ids=str,
+)
+def test_networks_that_do_not_fit_their_weights_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    with safe_open(WEIGHTS, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = {**json.loads(metadata["config"]), **fields}
+    save_file(tensors, path, {**metadata, "config": json.dumps(config)})
+    with pytest.raises(WeightsError, match=str(path)):
+        load_weights(path)
+
+
+def test_an_encoder_may_have_blocks_of_its_own() -> None:
+    small = load_weights(WEIGHTS)
+    large = VQVAE(replace(small.config, encoder_blocks=small.config.blocks + 1))
+    assert large.config.halo(1, "features") > small.config.halo(1, "features")
+    assert large.config.halo(1, "decoder") == small.config.halo(1, "decoder")
+    state = {name: torch.zeros_like(x) for name, x in large.state_dict().items()}  # blocks of zeros add nothing
+    large.load_state_dict({**state, **small.state_dict()})
+    x, level = torch.rand(1, 3, 64, 48), torch.tensor([1])
+    with torch.no_grad():
+        for one, other in zip(small.analyse(x, level), large.eval().analyse(x, level), strict=True):
+            assert torch.equal(one, other)

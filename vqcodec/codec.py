@@ -321,7 +321,7 @@ class PictureEncoder:
                     return [model.latent(k, x, *parts, number)]
 
                 inputs = self._pixels, self._features[k], context
-                halo = model.config.halo(k, latents=True)
+                halo = model.config.halo(k, "latents")
                 (z,) = codec.tiled(latent, halo, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
                 if k == finest:
                     if not self.visual:  # whose weights do as much
@@ -344,7 +344,7 @@ class PictureEncoder:
 
                     known = *map(_tensor, self.grids), context
                     told = stages.next(CONTEXT)
-                    (context,) = codec.tiled(decode, model.config.halo(k), self.cells, *known, progress=told)
+                    (context,) = codec.tiled(decode, model.config.halo(k, "decoder"), self.cells, *known, progress=told)
         picture = self.picture
         checksum = container.checksum(header, self.grids, self.flat)
         optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
@@ -371,20 +371,22 @@ class PictureEncoder:
 
             source = self._features[0] if self._features else self._pixels
             told = progress if k == finest else None  # the others are a tenth of it
-            self._features[:0] = codec.tiled(features, model.config.halo(k), self.cells, source, progress=told)
+            halo = model.config.halo(k, "features")
+            self._features[:0] = codec.tiled(features, halo, self.cells, source, progress=told)
 
     def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
         model, finest = self.codec.model, len(self.grids)
         assert self._row is not None
         number = _number(self._row, self.codec.device)
+        bits = torch.full((1,), model.config.sample_bits(self._row), dtype=torch.float32, device=self.codec.device)
 
         def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
-            return [refine.refined_latents(model, x, z, context, number, weights, self.steps, known, self.visual)]
+            return [refine.refined_latents(model, x, z, context, number, bits, weights, self.steps, known, self.visual)]
 
         # A gradient reaches twice as far, but what comes from there is next to nothing.
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
-        tiled = TiledNetwork(fit, sources, model.config.halo(finest))
+        tiled = TiledNetwork(fit, sources, model.config.halo(finest, "decoder"))
         (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, progress=progress)
         return z
 
@@ -441,7 +443,7 @@ def _decode_pixels(
                 return [model.draw(model.codes(k, indices), above, level).pixels]
             return [_context(model, k, indices, above, level)]
 
-        return TiledNetwork(decode, grids, config.halo(k))
+        return TiledNetwork(decode, grids, config.halo(k, "decoder"))
 
     cells = (grids[0].shape[2], grids[0].shape[3])
     with inference(codec.device):

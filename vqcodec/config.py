@@ -54,8 +54,9 @@ class ModelConfig:
 
     lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
     rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
-    blocks: residual blocks per stage of either. grids: coarsest first. linear_path: a linear transform of pixel blocks
-    runs beside the networks. banks: 2 if there is a row of gains and biases for each level of each tune, those for
+    blocks: residual blocks per stage of either, encoder_blocks: of the encoder if that has others. grids: coarsest
+    first. linear_path: a linear transform of pixel blocks runs beside the networks. codebook: how code vectors are
+    learned. banks: 2 if there is a row of gains and biases for each level of each tune, those for
     squared error first, then those for the eye; 1 if both tunes share them.
     """
 
@@ -67,6 +68,7 @@ class ModelConfig:
     linear_path: bool = False
     codebook: Learning = "ema"
     banks: int = 1
+    encoder_blocks: int | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
@@ -85,6 +87,10 @@ class ModelConfig:
         return self.levels * self.banks
 
     @property
+    def analysis_blocks(self) -> int:
+        return self.encoder_blocks or self.blocks
+
+    @property
     def stride(self) -> int:
         """Image sides are padded to a multiple of this."""
         return self.grids[0].stride
@@ -93,16 +99,23 @@ class ModelConfig:
     def rate_constrained(self) -> bool:
         return self.lambdas[0] > 0
 
-    def halo(self, k: int, latents: bool = False) -> int:
-        """Pixels, a multiple of the stride: no feature of grid k depends on features of the next finer grid, or of the
-        finest grid on pixels, further away than this, nor an output of ``decode_grid`` on its inputs. latents: the same
-        of the latents that are made of features and context."""
-        if latents:
+    def sample_bits(self, row: int) -> float:
+        """Bits that a squared error of 1 in one sample of 0..1 is worth at a row of the gains."""
+        return self.lambdas[row % self.levels] * 255**2 / 3
+
+    def halo(self, k: int, part: Literal["features", "latents", "decoder"]) -> int:
+        """Pixels, a multiple of the stride: nothing that a part of grid k computes depends on inputs further away.
+
+        features: from those of the next finer grid, or of the finest grid from pixels; latents: from features and
+        context; decoder: ``decode_grid``.
+        """
+        if part == "latents":
             return self._whole(2 * self.grids[k].stride if k else 0)
         stride, coarsest = STEM if k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride, self.grids[k].stride
+        blocks = self.analysis_blocks if part == "features" else self.blocks
         reach = 0
         while stride <= coarsest:
-            reach += stride * (2 * self.blocks + 1)  # of the blocks, and one convolution before or after
+            reach += stride * (2 * blocks + 1)  # of the blocks, and one convolution before or after
             stride *= 2
         return self._whole(reach)
 

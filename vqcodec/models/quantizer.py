@@ -25,6 +25,7 @@ COMMITMENT = 0.25  # beta of equation 2
 DEAD = 0.002  # a code used less than this fraction of the average is re-seeded from data
 REBIRTH = 0.1  # and then counts as used this fraction of the average
 REBIRTHS = 8  # updates from one look for dead codes to the next
+EPSILON = 1e-5  # of Laplace smoothing
 TINY = 1e-9  # keeps multinomial valid when all distances are 0
 LN2 = math.log(2)
 
@@ -75,6 +76,17 @@ class Codebook(nn.Module):
     def initialised(self) -> bool:
         self.started = self.started or bool(self.count.any())  # looked at once: a GPU would have to be waited for
         return self.started
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the EMA go on from the vectors, which may have learned from a loss."""
+        if self.learning == "ema" and self.initialised:
+            self.total.copy_(self.vectors * self._smooth_count()[..., None])
+
+    def _smooth_count(self) -> Tensor:
+        """Laplace smoothing as in Sonnet: (n_k + eps) / (n + K eps) * n."""
+        n = self.count.sum(-1, keepdim=True)
+        return (self.count + EPSILON) / (n + self.codes * EPSILON) * n
 
     def split(self, z: Tensor) -> Tensor:
         """(B, M * d, h, w) -> (M, B h w, d)."""
@@ -245,7 +257,7 @@ class Codebook(nn.Module):
     def update(self, z: Tensor, choice: Choice, level: Tensor) -> None:
         """One step of learning from latents z (M, cells, d), what they were quantized to and their levels (cells,).
 
-        EMA with Laplace smoothing as in Sonnet: n_k <- (n_k + eps) / (n + K eps) * n. Dead codes are re-seeded from the
+        EMA of the latents of each code. Dead codes are re-seeded from the
         latents that the codes fit worst, because the others need none: they are drawn by the square of their distance.
         """
         groups, size = torch.arange(self.groups, device=z.device)[:, None], 1 + self.outcomes
@@ -264,8 +276,7 @@ class Codebook(nn.Module):
         self.total.lerp_(sums[:, 1 : self.codes + 1], 1 - DECAY)
         n = self.count.sum(-1, keepdim=True)
         if self.learning == "ema":
-            smooth = (self.count + 1e-5) / (n + self.codes * 1e-5) * n
-            self.vectors.copy_(self.total / smooth[..., None])
+            self.vectors.copy_(self.total / self._smooth_count()[..., None])
         self.updates += 1
         if self.updates % REBIRTHS:
             return

@@ -35,24 +35,23 @@ def refined_latents(
     z: Tensor,
     context: Tensor | None,
     level: Tensor,
+    bits: Tensor,
     rate_weights: Tensor,
     steps: int,
     known: Sequence[Tensor],
     visual: bool,
 ) -> Tensor:
-    """Latents (1, M * d, h, w) of the finest grid, better ones than z.
+    """Latents (B, M * d, h, w) of the finest grid, better ones than z.
 
-    x: (1, 3, H, W) uint8, sides multiples of the stride; level: (1,); rate_weights: (1, 1, h, w), factors on the
-    rates; known: indices (1, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid``
-    makes of them; visual: for the eye, not for squared error alone.
-    The model's parameters must not require gradients.
+    x: (B, 3, H, W) uint8, sides multiples of the stride; level: (B,); bits: (B,), what a squared error of 1 in one
+    sample of 0..1 costs; rate_weights: (B, 1, h, w), factors on the rates; known: indices (B, M, h, w) of the coarser
+    grids as the walk chose them, and context what ``decode_grid`` makes of them; visual: for the eye, not for squared
+    error alone.
     """
     # What was made in inference mode cannot take part in a backward pass.
-    x, z, level, rate_weights = x.clone(), z.clone(), level.clone(), rate_weights.clone()
+    x, z, level, bits, rate_weights = (given.clone() for given in (x, z, level, bits, rate_weights))
     known = [indices.clone() for indices in known]
     context = None if context is None else context.clone()
-    weight = model.config.lambdas[int(level) % model.config.levels]
-    bits = weight * 255**2 / x.shape[1]  # of a squared error of 1 in one sample
     finest, eye = len(known), Ssimulacra2().to(x.device)
     visual = visual and min(x.shape[2:]) >= MIN_SIDE
     with full_precision(x.device):
@@ -74,7 +73,7 @@ def refined_latents(
                 pairs = zip(drawn, drawn.error_gradient(x), strict=True)
                 outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
                 (gradient,) = torch.autograd.grad(outputs, codes, towards)
-        half = gradient.mul_(bits / 2)
+        half = gradient.mul_(bits[:, None, None, None] / 2)
         half = half.clamp_(-VISUAL_LIMIT, VISUAL_LIMIT) if visual else half
         z = torch.lerp(z, codes.detach() - half, STEP_SIZE)
     return z

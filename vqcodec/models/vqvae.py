@@ -7,7 +7,7 @@ quality levels (gains per channel in every stage), and a linear path beside the 
 model begins as a plain transform codec and spends its training on what is better than that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,6 +98,11 @@ class Latent(nn.Module):
         return (codes + self.null[level][:, :, None, None]) * self.log_inverse[level].exp()[:, :, None, None]
 
 
+# Latents (B, M * d, h, w) of the finest grid, the context and the coarser grids' indices -> better latents, and what
+# the rates count for in each cell, (B, 1, h, w).
+Fit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
+
+
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
     penalty: (B,), commitment, codebook and rate gradients, in bits."""
@@ -120,7 +125,7 @@ class VQVAE(nn.Module):
         self.strides = strides
         self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1))
         self.down = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.analysis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
+        self.analysis: Modules[Stage] = Modules(Stage(c, config.analysis_blocks, levels) for c in widths)
 
         self.latents: Modules[Latent] = Modules()
         self.merge = nn.ModuleList()
@@ -272,10 +277,13 @@ class VQVAE(nn.Module):
         )
         return index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
 
-    def forward(self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None) -> Output:
+    def forward(
+        self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None, fit: Fit | None = None
+    ) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
-        dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone.
+        dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
+        the latents of the finest grid; then code vectors learn from the image, and latents do not.
 
         The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
         backward pass is the most expensive part of a step.
@@ -284,11 +292,18 @@ class VQVAE(nn.Module):
         seen: Tensor | None = None
         n = (len(x) + 1) // 2
         bits, penalty = [], x.new_zeros(x.shape[0])
+        known: list[Tensor] = []
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, x, features, context, level)
             stack = self.priors[k].condition
             condition = None if stack is None or seen is None else stack(seen, level)
-            index, straight, loss = self.quantize(k, z, condition, level, rate_weight)
+            weight: float | Tensor = rate_weight
+            if fit and self._finest(k):
+                z, weight = fit(z, context, known)
+            index, straight, loss = self.quantize(k, z, condition, level, weight)
+            known.append(index)
+            if fit:
+                straight = self.codes(k, known)
             with torch.no_grad():
                 seen = self.codebooks[k].activations(self.codebooks[k].split(straight), len(x), *z.shape[2:])
             bits.append(

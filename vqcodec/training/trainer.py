@@ -5,9 +5,9 @@ stage      learns                                rate weight of the choice
 =========  ====================================  =================================
 vqvae      everything                            0 to 1 over the first steps
 joint      everything, from trained weights      1
-finish     the priors and the finest part of     1
-           the decoder, on the codes of a fixed
-           encoder: the last mile
+finish     the decoder, its code vectors and     1, less where smooth
+           the priors, on what a fixed encoder
+           makes of the fit: the last mile
 prior      the priors, on such codes             1
 visual     the gains and biases for the eye,     1
            which no other stage touches
@@ -16,8 +16,10 @@ visual     the gains and biases for the eye,     1
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
-gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. The last part of a run has larger
-crops, fewer in proportion; the first steps of a model from scratch see the two finest levels alone.
+gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stage ``finish`` the
+latents are fitted as the encoder does it at the default effort; all other stages learn from its first guess. The last
+part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest levels
+alone.
 
 A step waits for nothing that a GPU computes: what the log needs is added up there and read with each row.
 """
@@ -29,7 +31,7 @@ import os
 import pickle
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,8 +43,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitstream.errors import UsageError, WeightsError
-from vqcodec.config import ModelConfig
-from vqcodec.models.vqvae import VQVAE
+from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig
+from vqcodec.models.refine import refined_latents
+from vqcodec.models.vqvae import VQVAE, Fit
+from vqcodec.smooth import rate_share
 from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
@@ -52,8 +56,10 @@ Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``
-WARM_UP, VISUAL_WARM_UP = 300, 50  # steps
-COOLDOWN = 0.3  # the last part of the run, in which the learning rate falls to FLOOR of its value
+FINISH_RATE = 0.3  # factor on both in the stage ``finish``
+BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
+WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
+COOLDOWN, LONG_COOLDOWN = 0.3, 0.8  # the last part of the run, in which the learning rate falls to FLOOR of its value
 FLOOR = 0.001
 RAMP = (100, 700)  # steps between which the rate weight rises from 0 to 1
 FINEST = 0.06  # the first part of a run from scratch, which sees the two finest levels alone
@@ -90,8 +96,9 @@ class Run:
 
 def learning_rate(progress: float, step: int, stage: Stage) -> float:
     """Factor of the learning rate: warm up, hold, fall as a cosine."""
-    fall = max(0.0, (progress - 1 + COOLDOWN) / COOLDOWN)
-    return min(1.0, (step + 1) / (VISUAL_WARM_UP if stage == "visual" else WARM_UP)) * (
+    cooldown = LONG_COOLDOWN if stage == "finish" else COOLDOWN
+    fall = max(0.0, (progress - 1 + cooldown) / cooldown)
+    return min(1.0, (step + 1) / (SHORT_WARM_UP if stage in ("finish", "visual") else WARM_UP)) * (
         FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
     )
 
@@ -122,10 +129,10 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
         return True
     if stage == "visual":
         return in_banks(name)
-    finest = model.strides.index(model.config.grids[-1].stride)
-    last = [f"join.{model.config.grids[-1].stride}.", "pixels.", "tail."]
-    last += [f"synthesis.{k}." for k in range(finest + 1)] + [f"up.{k}." for k in range(finest)]
-    return name.startswith(("priors.", *last) if stage == "finish" else "priors.")
+    if stage == "finish":
+        encoder = name.startswith(("stem.", "down.", "analysis.", "merge.", "coefficients."))
+        return not (encoder or ".project." in name or name.endswith(".log_gain"))
+    return name.startswith("priors.")
 
 
 def in_banks(name: str) -> bool:
@@ -148,6 +155,7 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
     hidden: dict[int, list[Tensor]] = {}
     rest: list[Tensor] = []
+    books: list[Tensor] = []
     edges = {id(p) for part in (model.stem, model.tail) for p in part.parameters()}
     # A prior's heads are matrices of their own, one for each group.
     parts = {
@@ -160,16 +168,37 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         if not p.requires_grad:
             continue
         matrix = p.ndim >= 2 and name.endswith("weight") and id(p) not in edges
-        (hidden.setdefault(parts.get(id(p), 1), []) if matrix else rest).append(p)
+        if stage == "finish" and name.startswith("codebooks."):
+            books.append(p)
+        else:
+            (hidden.setdefault(parts.get(id(p), 1), []) if matrix else rest).append(p)
+    factor = FINISH_RATE if stage == "finish" else 1.0
     matrices = [{"params": params, "parts": n} for n, params in hidden.items()]
-    adam = torch.optim.Adam(rest, VISUAL_RATE if stage == "visual" else ADAM_RATE, betas=(0.9, 0.99))
-    return [Muon(matrices, MUON_RATE), adam] if matrices else [adam]
+    adam = torch.optim.Adam(rest, VISUAL_RATE if stage == "visual" else factor * ADAM_RATE, betas=(0.9, 0.99))
+    if books:
+        adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
+    return [Muon(matrices, factor * MUON_RATE), adam] if matrices else [adam]
 
 
 def sample_weights(config: ModelConfig) -> Tensor:
     """Weight of a sample's loss by its level, (levels,): without it the finest levels would drown the others."""
     lambdas = torch.tensor(config.lambdas)
     return (lambdas[config.levels // 2] / lambdas).sqrt() if config.rate_constrained else torch.ones(config.levels)
+
+
+def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, bits: Tensor) -> Fit:
+    """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. bits: (B,), as in
+    ``refined_latents``."""
+    pixels = (x * 255).round().to(torch.uint8)
+
+    def fit(z: Tensor, context: Tensor | None, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        if not model.config.rate_constrained:
+            return z.detach(), torch.zeros_like(z[:, :1])
+        context = None if context is None else context.detach()
+        weights, steps = rate_share(z), EFFORTS[DEFAULT_EFFORT]
+        return refined_latents(model, pixels, z.detach(), context, level, bits, weights, steps, known, False), weights
+
+    return fit
 
 
 class Average:
@@ -184,9 +213,10 @@ class Average:
             return
         decay = min(EMA_DECAY, (1 + step) / (10 + step)) ** EMA_INTERVAL
         means, values = self.model.state_dict(), model.state_dict()
-        # Codebooks are averages already, and a re-seeded code must not crawl to its place.
-        books = [name for name in means if name.startswith("codebooks.")]
-        torch._foreach_copy_([means.pop(name) for name in books], [values.pop(name) for name in books])
+        # Codebooks that learn from latents are averages already, and a re-seeded code must not crawl to its place.
+        if model.codebooks.training:
+            books = [name for name in means if name.startswith("codebooks.")]
+            torch._foreach_copy_([means.pop(name) for name in books], [values.pop(name) for name in books])
         torch._foreach_lerp_(list(means.values()), list(values.values()), 1 - decay)
 
 
@@ -298,11 +328,13 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         model.requires_grad_(True)
         for book in model.codebooks:
-            book.vectors.requires_grad_(book.learning == "loss")
+            book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
         if run.stage in ("finish", "prior"):
-            model.codebooks.eval()  # they stay as they are
+            model.codebooks.eval()  # they have nothing to learn from latents
         for book in model.codebooks:
             book.fixed = run.stage == "visual"
+            if book.training and not book.fixed:
+                book.settle()
         optims = optimizers(model, run.stage)
         base = [group["lr"] for optim in optims for group in optim.param_groups]
         average, step, elapsed = Average(model), 0, 0.0
@@ -320,10 +352,10 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
-        network = wrapped(model, size, device)
         lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
         weights = sample_weights(config).to(device).repeat(config.banks)
         eye = Ssimulacra2().to(device) if run.stage == "visual" else None
+        network = wrapped(model, size, device)
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         started = saved_at = time.monotonic()
@@ -345,7 +377,8 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             level = levels_for(len(x), first, config.levels, device) + (config.levels if eye else 0)
             dropped = torch.rand(len(x), device=device) < DROPPED
             with torch.autocast(device.type, torch.bfloat16):
-                out = network(x, level, rate_weight(run.stage, step, config), dropped)
+                fit = encoder_fit(model, x, level, scales[level] / 3) if run.stage == "finish" else None
+                out = network(x, level, rate_weight(run.stage, step, config), dropped, fit)
             mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
             error = mse
@@ -403,9 +436,9 @@ def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     compiled = torch.compile(model)
 
-    def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor) -> Any:
-        # A rate that still rises would be compiled anew with every step.
-        return (compiled if rate in (0.0, 1.0) else model)(x, level, rate, dropped)
+    def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor, fit: Fit | None) -> Any:
+        # A rate that still rises would be compiled anew with every step, and a fit is another one in each.
+        return (compiled if rate in (0.0, 1.0) and fit is None else model)(x, level, rate, dropped, fit)
 
     return call
 

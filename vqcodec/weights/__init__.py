@@ -124,12 +124,12 @@ def load(path: Path = SHIPPED) -> tuple[VQVAE, Weights]:
 
 def _check(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError where the networks would be larger than the file, or have numbers that are none."""
-    sizes = [*fields["channels"], fields["blocks"]]
+    sizes = [*fields["channels"], fields["blocks"], fields.get("encoder_blocks") or 0]
     most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     if not all(type(size) is int and 0 <= size <= max(most, len(tensors)) for size in sizes) or len(sizes) > len(
         tensors
     ):
-        raise ValueError(f"channels {fields['channels']}, blocks {fields['blocks']}")
+        raise ValueError(f"channels and blocks {sizes}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
