@@ -384,9 +384,8 @@ class PictureEncoder:
         def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
             return [refine.refined_latents(model, x, z, context, number, bits, weights, self.steps, known, self.visual)]
 
-        # A gradient reaches twice as far, but what comes from there is next to nothing.
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
-        tiled = TiledNetwork(fit, sources, model.config.halo(finest, "decoder"))
+        tiled = TiledNetwork(fit, sources, model.config.halo(finest, "fit"))
         (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, progress=progress)
         return z
 
