@@ -767,8 +767,8 @@ def decode(
     file is refused: it never becomes a wrong picture.
 
     --preview needs the beginning of the file only, as far as the end of its first grid; of a truncated file it shows
-    no alpha and no metadata. The file's checksum covers all grids, so that a preview is not verified: damage to the
-    first grid is mostly noticed, but not always.
+    no alpha, no metadata and no areas of one colour. The file's checksum covers all grids, so that a preview is not
+    verified: damage to the first grid is mostly noticed, but not always.
     """
     options.refuse_output_as_input(_picture_endings)
     strip = options.what_to_strip()

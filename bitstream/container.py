@@ -105,7 +105,8 @@ height * (width + 1) bytes, filter types 0..4. Anything else is refused with Dam
 
 A program may show the coarsest grid alone as a preview, of a damaged or truncated file too, if the header, the
 limits of section 1, the first chunk and the end of its payload (section 7) are in order; it must not pass for
-the image, because the checksum covers all grids. Flat blocks are no part of a preview.
+the image, because the checksum covers all grids. If the whole file is in order so far (this section), a preview has
+its flat blocks: the coarsest grid need not say anything about them.
 
 The version byte is the only extension mechanism: a new chunk type needs a new version.
 

@@ -79,7 +79,7 @@ def test_the_notes_of_a_picture_are_its_owner_s_and_those_of_stripping_are_told(
 def test_what_a_preview_lacks_is_a_warning_in_the_caller_s_line() -> None:
     image = Image.open(ROOT / "tests" / "images" / "photo.png").resize((64, 64))
     data = vqcodec.encode(image, 2)
-    with pytest.warns(UserWarning, match="^only a preview without alpha and metadata") as caught:
+    with pytest.warns(UserWarning, match="^only a preview without alpha, metadata and areas of one colour") as caught:
         vqcodec.decode(data[:-20], preview=True)
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 

@@ -207,7 +207,7 @@ def test_one_colour_comes_back_exactly(codec: Codec) -> None:
 
 
 def test_blocks_deep_in_flat_ones_have_no_details(codec: Codec) -> None:
-    """Nobody sees what the networks make of them; the coarse grid, which previews show, stays."""
+    """Nobody sees what the networks make of them; the coarse grid tells what is beside, if it is in few bytes."""
     pixels = page(150, 197)
     pixels[10, 10] = 0  # in the margin
     encoder = PictureEncoder(codec, from_array(pixels))
@@ -222,10 +222,6 @@ def test_blocks_deep_in_flat_ones_have_no_details(codec: Codec) -> None:
     out = np.asarray(codec.decode(data))
     white = np.kron(~photo, np.ones((8, 8), bool))[:150, :197]
     assert (out[white] == 255).all()
-
-    red = PictureEncoder(codec, from_array(np.full((64, 64, 3), (237, 28, 36), np.uint8)))
-    red.encode(3)
-    assert red.grids[0].any() and not red.grids[1].any()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -271,12 +267,40 @@ def test_what_the_encoder_says_it_decodes_to_is_what_it_decodes_to(codec: Codec)
         assert (encoder.decoded() == codec.decode_picture(data).pixels).all()
 
 
-def test_a_preview_goes_without_flat_blocks(codec: Codec) -> None:
+@pytest.mark.parametrize("effort", [0, 1])
+def test_flat_blocks_are_coded_in_the_way_that_takes_less(
+    codec: Codec, effort: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With or without what the coarse grid has to say about them; all the same where they are few."""
+    red = np.full((150, 197, 3), (237, 28, 36), np.uint8)
+    sizes, coarse = {}, {}
+    for name, pixels in {"red": red, "page": page(150, 197), "few": page(70, 120)}.items():
+        encoder = PictureEncoder(codec, from_array(pixels), effort)
+        for share in (0, 0.5, 2):
+            monkeypatch.setattr("vqcodec.codec.MOSTLY_FLAT", share)
+            data = encoder.encode(3)
+            assert (np.asarray(codec.decode(data)) == encoder.decoded()).all()
+            sizes[name, share], coarse[name, share] = len(data), encoder.grids[0].any()
+    assert sizes["red", 0.5] == sizes["red", 0] < sizes["red", 2]
+    assert coarse["red", 2] and not coarse["red", 0]
+    assert sizes["page", 0.5] == sizes["page", 0] <= sizes["page", 2]
+    assert sizes["few", 0.5] == sizes["few", 2]
+
+
+def test_a_preview_has_flat_blocks_if_the_file_is_whole(codec: Codec) -> None:
+    """The coarse grid may say nothing about them."""
     data = codec.encode(page(), 2)
+    preview = np.asarray(codec.decode(data, preview=True))
+    assert (preview[:16] == 255).all() and (preview[:, :24] == 255).all() and (preview[30:60, 40:100] < 255).any()
+
     whole = container.unpack(data)
-    cut = data[: len(data) - 30]
-    assert whole.flat is not None
-    assert codec.decode(data, preview=True).tobytes() == codec.decode(cut, preview=True).tobytes()
+    without = container.Container(**{**vars(whole), "flat": None})  # nor is its checksum right
+    cut = codec.decode_picture(data[: len(data) - 30], preview=True)
+    assert (cut.pixels == codec.decode_picture(container.pack(without), preview=True).pixels).all()
+    assert "areas of one colour" in cut.notes[0]
+
+    red = np.full((64, 64, 3), (237, 28, 36), np.uint8)
+    assert (np.asarray(codec.decode(codec.encode(red, 3), preview=True)) == red).all()
 
 
 def test_damaged_flat_blocks_are_refused(codec: Codec) -> None:

@@ -49,6 +49,8 @@ from vqcodec.weights import as_coded, load
 ANALYSIS, LATENTS, FIT_STEP, CONTEXT, COARSE_WALK, WALK = 3, 1, 6, 1, 1, 4
 INDICES, PIXELS = 3, 2
 
+MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another way to code them gains nothing
+
 
 def pick_device(name: str) -> torch.device:
     """auto: a GPU if there is one, else the CPU. Raises DeviceError."""
@@ -126,8 +128,9 @@ class Codec:
 
         data: the bytes of the file, its path, or an open file.
 
-        preview: decode only the coarsest grid: fast and blurred. Works on a file truncated after that grid, without
-        alpha and metadata. The file's checksum covers all grids, so a preview is not verified.
+        preview: decode only the coarsest grid and areas of one colour: fast and blurred. Works on a file truncated
+        after that grid, without alpha, metadata and these areas. The file's checksum covers all grids, so a preview is
+        not verified.
 
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
@@ -151,17 +154,16 @@ class Codec:
                 raise
             header, payload = container.unpack_coarsest(data, max_pixels=max_pixels)
             parts = Container(replace(header, colour=header.colour.opaque), 0, (payload,))
-            notes.append(f"only a preview without alpha and metadata can be shown ({error})")
+            notes.append(f"only a preview without alpha, metadata and areas of one colour can be shown ({error})")
         header = parts.header
         memory.require(header.width, header.height)
         alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
         indices, stages = self.indices, Stages(progress, INDICES + PIXELS)
         told = stages.next(INDICES)
         grids = indices.pop(header, parts.grids[:1], told) if preview else indices.decode(parts, told)
-        blocks = None if preview else parts.flat  # sharp edges do not suit what is blurred
         size = header.height, header.width
         row = indices.weights.row(header)
-        pixels = _pixels(self, grids, row, size, header.colour, blocks, stages.next(PIXELS))
+        pixels = _pixels(self, grids, row, size, header.colour, parts.flat, stages.next(PIXELS))
         icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
         return Picture(pixels, header.colour.shown, alpha, icc, exif, parts.xmp, notes)
 
@@ -302,19 +304,32 @@ class PictureEncoder:
 
     def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
-        codec, model = self.codec, self.codec.model
+        codec = self.codec
         level, rate_weight = codec.level_for(quality, level)
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)
         row = codec.indices.weights.row(header)
-        self.grids, payloads, context = [], [], None
-        finest = len(model.codebooks) - 1
         analysis = ANALYSIS if row != self._row else 0
-        coarse = finest * (COARSE_WALK + CONTEXT + LATENTS)
-        stages = Stages(progress, analysis + coarse + self.steps * FIT_STEP + WALK)
+        coarse = (len(codec.model.codebooks) - 1) * (COARSE_WALK + CONTEXT + LATENTS)
+        # To say nothing about flat blocks in coarse grids, too, halves the bytes beside strong colours, but costs some
+        # beside white: what is next to them is easier to guess then.
+        ways = (False, True) if self.unseen is not None and self.unseen.mean() >= MOSTLY_FLAT else (False,)
+        stages = Stages(progress, analysis + len(ways) * (coarse + self.steps * FIT_STEP + WALK))
+        with inference(codec.device):
+            self._analyse(row, stages.next(analysis))
+        found = [self._coded(row, rate_weight, blank, stages) for blank in ways]
+        self.grids, payloads = min(found, key=lambda way: sum(map(len, way[1])))
+        picture = self.picture
+        checksum = container.checksum(header, self.grids, self.flat)
+        optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
+        return container.pack(Container(header, checksum, tuple(payloads), *optional))
+
+    def _coded(self, row: int, rate_weight: float, blank: bool, stages: Stages) -> tuple[list[Grid], list[bytes]]:
+        """All grids and their payloads. blank: in coarse grids, too, null will do for what nobody sees."""
+        codec, model, number = self.codec, self.codec.model, _number(row, self.codec.device)
+        payloads: list[bytes] = []
+        self.grids, context, finest = [], None, len(model.codebooks) - 1
         with inference(codec.device):
             rate_weights = rate_weight / self._visibility
-            self._analyse(row, stages.next(analysis))
-            number = _number(row, codec.device)
             for k in range(len(model.codebooks)):
 
                 def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
@@ -330,8 +345,10 @@ class PictureEncoder:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
-                if k == finest and self.unseen is not None:
-                    latents = np.where(self.unseen[..., None], np.float32(0), latents)
+                if self.unseen is not None and (blank or k == finest):
+                    rows, columns, _ = latents.shape
+                    unseen = self.unseen.reshape(rows, -1, columns, self.unseen.shape[1] // columns).all((1, 3))
+                    latents = np.where(np.expand_dims(unseen, 2), np.float32(0), latents)
                 weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
                 told = stages.next(WALK if k == finest else COARSE_WALK)
                 grid, payload = codec.indices.encode(row, self.size, self.grids, latents, weights, told)
@@ -345,10 +362,7 @@ class PictureEncoder:
                     known = *map(_tensor, self.grids), context
                     told = stages.next(CONTEXT)
                     (context,) = codec.tiled(decode, model.config.halo(k, "decoder"), self.cells, *known, progress=told)
-        picture = self.picture
-        checksum = container.checksum(header, self.grids, self.flat)
-        optional = (self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
-        return container.pack(Container(header, checksum, tuple(payloads), *optional))
+        return self.grids, payloads
 
     def decoded(self) -> NDArray[np.uint8]:
         """What the last file decodes to, (H, W, 3), without another walk."""

@@ -6,7 +6,8 @@
 >>> image.save("small.vq2", quality=3)
 
 Opening checks structure and metadata, loading the pixels. Both raise OSError for a bad file, as Pillow's own plugins
-do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its preview, without alpha and metadata.
+do. With ``ImageFile.LOAD_TRUNCATED_IMAGES`` a truncated file opens as its preview, without alpha, metadata and
+areas of one colour.
 
 ``image.draft(None, size)``, which ``Image.thumbnail`` calls, makes the image a quarter as large, from the preview
 alone, if that is not smaller than the size.
