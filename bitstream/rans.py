@@ -77,11 +77,11 @@ def split(payload: bytes, lanes: int) -> tuple[NDArray[np.uint32], NDArray[np.in
     for _ in range(lanes - 1):
         length, at = parse_varint(data, at)
         lengths.append(length)
-    left = len(data) - at - 4 * sum(lengths)
-    if left < 0 or left % 4:
-        raise DamagedError(f"an index grid has {left} bytes for its last lane, not whole words: damaged file")
+    size, known = len(data) - at, 4 * sum(lengths)
+    if size % 4 or size < known:
+        raise DamagedError(f"an index grid has {size} bytes of words, its lanes but the last one {known}: damaged file")
     words = np.frombuffer(data[at:], "<u4").astype(np.uint32)
-    bounds = np.cumsum([0, *lengths, left // 4])
+    bounds = np.cumsum([0, *lengths, (size - known) // 4])
     if any(end > start and words[end - 1] == 0 for start, end in zip(bounds, bounds[1:], strict=False)):
         raise DamagedError("a lane of an index grid ends in a zero word: the file is damaged")
     return words, bounds

@@ -179,6 +179,13 @@ def test_a_payload_that_no_encoder_writes_is_refused(payload: bytes) -> None:
         rans.split(payload, 1)
 
 
+def test_lanes_that_have_more_words_than_there_are_are_refused_with_both_sizes() -> None:
+    with pytest.raises(DamagedError, match="4 bytes of words, its lanes but the last one 8"):
+        rans.split(b"\2\1\0\0\0", 2)
+    with pytest.raises(DamagedError, match="0 bytes of words, its lanes but the last one 137438953468"):
+        rans.split(b"\xff\xff\xff\xff\x7f", 2)
+
+
 def test_what_is_left_is_refused_in_any_lane() -> None:
     rans.finish([0, 0], [0, 0])
     for states, words in (([1, 0], [0, 0]), ([0, 5], [0, 0]), ([0, 0], [0, 1]), ([0, 0], [3, 0])):
