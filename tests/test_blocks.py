@@ -26,6 +26,11 @@ def drawn(fine: int, size: int, seed: int = 0) -> Drawn:
     return Drawn(0.3 * torch.randn(2, 3 * fine**2, 24 // fine, 32 // fine, generator=rng), linear)
 
 
+def clipped(found: Drawn) -> Tensor:
+    """The image in 0..1, with the gradient that it has unclipped."""
+    return found.image + (found.image.clamp(0, 1) - found.image).detach()
+
+
 @pytest.mark.parametrize("size", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_pixels_are_those_of_torch(size: int, dtype: torch.dtype) -> None:
@@ -48,15 +53,26 @@ def test_pixels_are_the_image_rounded(fine: int, size: int, dtype: torch.dtype) 
 @pytest.mark.parametrize(("fine", "size"), SIZES)
 def test_the_gradient_of_the_error_is_that_of_autograd(fine: int, size: int) -> None:
     pixels, found = picture(), Drawn(*(part.requires_grad_() for part in drawn(fine, size)))
-    expected = torch.autograd.grad((found.image - pixels.float() / 255).pow(2).sum(), list(found))
+    expected = torch.autograd.grad((clipped(found) - pixels.float() / 255).pow(2).sum(), list(found))
     for gradient, wanted in zip(found.error_gradient(pixels), expected, strict=True):
         torch.testing.assert_close(gradient, wanted)
+
+
+def test_beyond_white_and_black_is_no_error() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).repeat(24, 16)[None, None].expand(1, 3, 24, 32)
+    details, linear = Drawn(*(torch.zeros(1, 3 * size**2, 24 // size, 32 // size) for size in (4, 8)))
+    linear = F.pixel_unshuffle(3 * (pixels.float() / 255 - 0.5), 8)
+    for found in (Drawn(details, linear), Drawn(F.pixel_unshuffle(F.pixel_shuffle(linear, 8), 4), None)):
+        gradients = [part for part in found.error_gradient(pixels) if part is not None]
+        assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
+    wrong = Drawn(details, linear).error_gradient(255 - pixels).details
+    torch.testing.assert_close(wrong, F.pixel_unshuffle(4 * pixels.float() / 255 - 2, 4))
 
 
 def test_networks_alone_draw_a_picture_too() -> None:
     pixels, details = picture(), drawn(4, 8).details.requires_grad_()
     found = Drawn(details, None)
-    (expected,) = torch.autograd.grad((found.image - pixels.float() / 255).pow(2).sum(), details)
+    (expected,) = torch.autograd.grad((clipped(found) - pixels.float() / 255).pow(2).sum(), details)
     torch.testing.assert_close(found.error_gradient(pixels).details, expected)
     assert found.error_gradient(pixels).linear is None
     assert torch.equal(found.pixels, (255 * found.image).round().clamp(0, 255).byte())

@@ -39,9 +39,10 @@ class Drawn(NamedTuple):
         return out.permute(0, 3, 1, 2)
 
     def error_gradient(self, pixels: Tensor) -> "Drawn":
-        """The gradient of the squared error against pixels (B, 3, H, W) uint8, of samples in 0..1."""
+        """The gradient of the squared error against pixels (B, 3, H, W) uint8, of samples in 0..1, to which what is
+        drawn is clipped; that of clipping is taken as 1."""
         if self.linear is None or self.details.device.type != "cpu":
-            error = 2 * (self.image - pixels.float() / 255)
+            error = 2 * (self.image.clamp(0, 1) - pixels.float() / 255)
             to_details = F.pixel_unshuffle(error, _size(self.details)).to(self.details.dtype)
             return Drawn(to_details, None if self.linear is None else F.pixel_unshuffle(error, _size(self.linear)))
         details, linear = _rows(self.details), _rows(self.linear)

@@ -43,7 +43,7 @@ _LOG2E = np.float32(1 / math.log(2))
 _ACTIVATION, _STREAM = np.float32(2**ACTIVATION_BITS), np.float32(2**STREAM_BITS)
 _ACTIVATION_LAST, _STREAM_LAST = np.float32(ACTIVATION_MAX), np.float32(STREAM_MAX)
 _GATE = _GATE_LAST = np.float32(GATE_MAX)  # a gate of 1 is open
-_QUARTER, _HALF_STEP, _ZERO = np.float32(0.25), np.float32(0.5), np.float32(0)
+_QUARTER, _HALF_STEP, _ZERO, _ONE = np.float32(0.25), np.float32(0.5), np.float32(0), np.float32(1)
 _WEIGHT_LAST = np.float32(WEIGHT_MAX)
 _HALF = np.float32(ESCAPE_SIDE // 2)
 _STEP = np.float32(ESCAPE_STEP)
@@ -417,7 +417,8 @@ def paint(details, linear, out):  # type: ignore[no-untyped-def]
 
 @_kernel
 def error_gradient(details, linear, to_details, to_linear, pixels):  # type: ignore[no-untyped-def]
-    """That of the squared error between what ``paint`` would draw, unrounded, and pixels (H, W, 3) uint8."""
+    """That of the squared error between what ``paint`` would draw, unrounded, and pixels (H, W, 3) uint8. What is
+    beyond black or white counts as these: on a white page an overshoot is no error."""
     size, fine = len(pixels) // len(linear), len(pixels) // len(details)
     for row in range(details.shape[0]):
         i, y0 = row * fine // size, row * fine % size
@@ -434,7 +435,7 @@ def error_gradient(details, linear, to_details, to_linear, pixels):  # type: ign
                     here, there = (c * fine + y) * fine, (c * size + y0 + y) * size + x0
                     samples = pixels[row * fine + y, column * fine : (column + 1) * fine]
                     for x in range(fine):
-                        value = detail[here + x] + block[there + x] + _HALF_STEP
+                        value = min(max(detail[here + x] + block[there + x] + _HALF_STEP, _ZERO), _ONE)
                         twice = 2 * (value - np.float32(samples[x, c]) * np.float32(1 / 255))
                         to_detail[here + x] = to_block[there + x] = twice
 
