@@ -379,11 +379,13 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             with torch.autocast(device.type, torch.bfloat16):
                 fit = encoder_fit(model, x, level, scales[level] / 3) if run.stage == "finish" else None
                 out = network(x, level, rate_weight(run.stage, step, config), dropped, fit)
-            mse = (out.x_hat - x).pow(2).mean((1, 2, 3))
+            # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
+            x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
+            mse = (x_hat - x).pow(2).mean((1, 2, 3))
             bpp = out.bits.sum(0) / x[0, 0].numel()
             error = mse
             if eye:
-                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, out.x_hat)
+                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, x_hat)
             distortion = scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
             loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
             loss = loss + (weights[level[: len(bpp)]] * bpp).mean()
