@@ -1,5 +1,7 @@
 """Memory is asked for before it is taken."""
 
+import ctypes
+import re
 import sys
 from pathlib import Path
 
@@ -89,3 +91,19 @@ def test_the_limits_of_containers_count(
     assert memory.available() == expected
     del files["/proc/meminfo"]
     assert memory.available() is None
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim"), reason="glibc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def used() -> int:
+        (kilobytes,) = re.findall(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return 1024 * int(kilobytes)
+
+    size, number = 2**15, 2**11
+    blocks = [b"x" * size for _ in range(number)]
+    kept = blocks[::64]  # here and there, as tensors are that outlive a network
+    blocks.clear()
+    before = used()
+    memory.give_back()
+    assert used() < before - size * number // 2
+    assert len(kept) == number // 64

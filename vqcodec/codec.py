@@ -335,9 +335,8 @@ class PictureEncoder:
                 def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
                     return [model.latent(k, x, *parts, number)]
 
-                inputs = self._pixels, self._features[k], context
-                halo = model.config.halo(k, "latents")
-                (z,) = codec.tiled(latent, halo, self.cells, *inputs, progress=stages.next(LATENTS if k else 0))
+                halo, told = model.config.halo(k, "latents"), stages.next(LATENTS if k else 0)
+                (z,) = codec.tiled(latent, halo, self.cells, self._pixels, self._features[k], context, progress=told)
                 if k == finest:
                     if not self.visual:  # whose weights do as much
                         rate_weights = rate_weights * self._rate_share(z)

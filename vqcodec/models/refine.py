@@ -52,8 +52,8 @@ def refined_latents(
     x, z, level, bits, rate_weights = (given.clone() for given in (x, z, level, bits, rate_weights))
     known = [indices.clone() for indices in known]
     context = None if context is None else context.clone()
-    finest, eye = len(known), Ssimulacra2().to(x.device)
-    visual = visual and min(x.shape[2:]) >= MIN_SIDE
+    finest = len(known)
+    eye = Ssimulacra2().to(x.device) if visual and min(x.shape[2:]) >= MIN_SIDE else None
     with full_precision(x.device):
         condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
     for step in range(steps):
@@ -62,18 +62,27 @@ def refined_latents(
         else:
             indices, _, _ = model.quantize(finest, z, condition, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
-        with torch.enable_grad():
-            drawn = model.draw(codes, context, level)
-            if visual:
-                original, decoded = x.float() / 255, drawn.image
-                error = (1 - VISUAL_SHARE) * (decoded - original).pow(2).sum()
-                error = error + VISUAL_SHARE * WORTH * x.numel() * eye(original, decoded).sum()
-                (gradient,) = torch.autograd.grad(error, codes)
-            else:
-                pairs = zip(drawn, drawn.error_gradient(x), strict=True)
-                outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
-                (gradient,) = torch.autograd.grad(outputs, codes, towards)
+        gradient = _gradient(model, x, codes, context, level, eye)
         half = gradient.mul_(bits[:, None, None, None] / 2)
-        half = half.clamp_(-VISUAL_LIMIT, VISUAL_LIMIT) if visual else half
+        half = half.clamp_(-VISUAL_LIMIT, VISUAL_LIMIT) if eye else half
         z = torch.lerp(z, codes.detach() - half, STEP_SIZE)
     return z
+
+
+def _gradient(
+    model: VQVAE, x: Tensor, codes: Tensor, context: Tensor | None, level: Tensor, eye: Ssimulacra2 | None
+) -> Tensor:
+    """Of the error of the picture that is drawn of the codes, with respect to them."""
+    # A function of its own, so that nothing of the picture is kept in memory while the prior works.
+    with torch.enable_grad():
+        drawn = model.draw(codes, context, level)
+        if eye:
+            original, decoded = x.float() / 255, drawn.image
+            error = (1 - VISUAL_SHARE) * (decoded - original).pow(2).sum()
+            error = error + VISUAL_SHARE * WORTH * x.numel() * eye(original, decoded).sum()
+            (gradient,) = torch.autograd.grad(error, codes)
+        else:
+            pairs = zip(drawn, drawn.error_gradient(x), strict=True)
+            outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
+            (gradient,) = torch.autograd.grad(outputs, codes, towards)
+    return gradient

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitstream.team import Team
-from vqcodec.memory import TILE, TILES_AT_ONCE
+from vqcodec.memory import TILE, TILES_AT_ONCE, give_back
 from vqcodec.models.precision import inference
 
 SMALLEST_TILE = 256  # pixels a side; a smaller one is mostly halo
@@ -81,6 +81,8 @@ def run_tiled(
         with lock:
             done += 1
 
+    if len(tiles) > TILES_AT_ONCE:
+        give_back()  # pieces that other networks have left are of the wrong sizes
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     with Team(min(threads, len(tiles), TILES_AT_ONCE)) as team:
 
