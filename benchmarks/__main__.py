@@ -91,7 +91,13 @@ def rd(folder: Path, output: Path | None, html: bool, **options: Any) -> None:
 @folder_argument
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="results/NAME of rd.")
 @weights_option
-@click.option("--quality", default=3.0, show_default=True, help="Of the .vq2 files; the rivals get as many bytes.")
+@click.option(
+    "--qualities",
+    default="3",
+    show_default=True,
+    callback=numbers(float),
+    help="Of the .vq2 files, such as 2,4,6; the rivals get as many bytes.",
+)
 @click.option("--crops", default=3, show_default=True, type=click.IntRange(0), help="Images to show.")
 def report(folder: Path, output: Path, **options: Any) -> None:
     """Write NAME.html again, from NAME.json of rd, and speed.json if that is beside it."""

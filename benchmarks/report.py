@@ -2,8 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def run(
     output: Path,
     *,
     weights: Path | None = None,
-    quality: float = 3.0,
+    qualities: Sequence[float] = (3.0,),
     crops: int = 3,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def run(
     rivals, _ = codecs.available([name for name in CROPPED if name in result["codecs"]])
     ours = codecs.vq2(codec, tune=result.get("tune", DEFAULT_TUNE))
     panels = []
-    for name in shown:
-        tell(f"{name}: encoding with as many bytes as vq2 needs")
+    for name, quality in itertools.product(shown, qualities):
+        tell(f"{name}, quality {quality:g}: encoding with as many bytes as vq2 needs")
         panels.append(_crop(folder / name, ours, rivals, quality))
     beside = output.with_name("speed.json")
     times = _result(beside, "speed") if beside.exists() else None
@@ -86,7 +87,7 @@ def _crop(path: Path, ours: codecs.Rival, rivals: list[codecs.Rival], quality: f
         decoded = codec.decode(written)
         score = f"{len(written):,} bytes, {psnr(pixels, decoded):.2f} dB"
         panels[codec.name] = panel(decoded, f"{codec.name}, quality {setting:g}: {score}")
-    return {"image": path.name, "panels": panels}
+    return {"image": f"{path.name}, {8 * len(data) / (height * width):.2f} bits per pixel", "panels": panels}
 
 
 def _data_uri(pixels: Bytes) -> str:

@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert f"{beside}: left out, it is of model {'0' * 16}" in told
     assert data_of(Path(foreign["path"]).read_text("utf-8"))["speed"] is None
     beside.write_text(json.dumps({**times, "repeat": 3, "long_seconds": 20.0}))
-    made = report.run(folder, output, weights=WEIGHTS, crops=2, tell=lambda line: None)
+    made = report.run(folder, output, weights=WEIGHTS, crops=2, qualities=(1, 3), tell=lambda line: None)
     assert made["images"] == [NAME, "b.png"]
     return Path(made["path"]).read_text("utf-8")
 
@@ -64,6 +64,10 @@ def test_the_page_holds_curves_tables_and_crops(page: str) -> None:
     assert data["speed"]["rows"][1][:4] == ["vq2, 1 thread", "96x80", "0.500", "0.500"]
     assert [row[0] for row in data["bd"][1:]] == [name for name in data["curves"] if name != "vq2"]
     assert [row[0] for row in data["ranges"]] == ["by PSNR-RGB", *(row[0] for row in data["bd"][1:])]
+    titles = [crop["image"].removesuffix(" bits per pixel").rsplit(", ", 1) for crop in data["crops"]]
+    assert [name for name, _ in titles] == [NAME, NAME, "b.png", "b.png"]
+    rates = [float(rate) for _, rate in titles]
+    assert rates[0] < rates[1] and rates[2] < rates[3]
     for crop in data["crops"]:
         assert list(crop["panels"]) == ["original", "vq2", "jpeg"]
         assert all(panel["src"].startswith("data:image/webp;base64,") for panel in crop["panels"].values())
