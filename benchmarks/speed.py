@@ -313,7 +313,11 @@ def _process_seconds(files: tuple[Path, Path], weights: Path | None, repeat: int
 def _command_seconds(arguments: list[str], repeat: int) -> float | str:
     """Median seconds of `python -m vqcodec ...`, start of Python included; or what it says when it fails."""
     command = [sys.executable, "-m", "vqcodec", *arguments]
-    call = functools.partial(subprocess.run, command, cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    # As where it is installed: with its bytecode, which the first run writes.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    call = functools.partial(
+        subprocess.run, command, cwd=machine.ROOT, env=kept, capture_output=True, text=True, check=True
+    )
     try:
         return timing.seconds(call, repeat)
     except subprocess.CalledProcessError as error:

@@ -397,6 +397,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_command_seconds", whole_process)
 
 
+def test_whole_commands_start_from_bytecode_as_installed_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, str]] = []
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.setattr(speed.subprocess, "run", lambda *_, env, **__: found.append(env))
+    speed._command_seconds(["info"], 1)
+    assert len(found) == 2 and all(env["KEPT"] and "PYTHONDONTWRITEBYTECODE" not in env for env in found)
+
+
 def fake_python(path: Path, costs: str) -> Path:
     """Takes the place of a Python with CompressAI."""
     path.write_text(f"#!/bin/sh\n[ $1 = -c ] && echo compressai 1, torch 2 || {costs}\n")
