@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from vqcodec.config import SHIPPED
 from vqcodec.weights import fingerprint, load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,13 @@ def table_rows(heading: str, text: str = README) -> list[list[str]]:
     """The rows of the table whose heading begins so."""
     lines = text[text.index(f"\n| {heading}") + 1 :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_model_card_is_of_the_shipped_weights() -> None:
+    model = load_weights()
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"| fingerprint | {fingerprint(model).hex()} |" in CARD
+    assert f"| size | {parameters:,} parameters, {SHIPPED.stat().st_size:,} bytes " in CARD
 
 
 def test_the_kodak_table_is_that_of_the_committed_results() -> None:
