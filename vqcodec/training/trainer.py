@@ -352,10 +352,10 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
+        network = wrapped(model, size, device)
         lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
         weights = sample_weights(config).to(device).repeat(config.banks)
         eye = Ssimulacra2().to(device) if run.stage == "visual" else None
-        network = wrapped(model, size, device)
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         started = saved_at = time.monotonic()
