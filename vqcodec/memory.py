@@ -1,4 +1,5 @@
-"""Whether there is memory enough for a picture: better one line than a process that the system kills."""
+"""Whether there is memory enough for a picture, better one line than a process that the system kills, and memory given
+back."""
 
 import contextlib
 import ctypes

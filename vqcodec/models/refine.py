@@ -79,7 +79,7 @@ def _gradient(
         if eye:
             original, decoded = x.float() / 255, drawn.image
             error = (1 - VISUAL_SHARE) * (decoded - original).pow(2).sum()
-            error = error + VISUAL_SHARE * WORTH * x.numel() * eye(original, decoded).sum()
+            error = error + VISUAL_SHARE * WORTH * x[0].numel() * eye(original, decoded).sum()
             (gradient,) = torch.autograd.grad(error, codes)
         else:
             pairs = zip(drawn, drawn.error_gradient(x), strict=True)
