@@ -28,8 +28,9 @@ from pickle import dumps, loads
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from numba import types
 from numba.core import config
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 from bitstream.exact import (
     ACTIVATION_MAX,
@@ -61,6 +62,7 @@ from bitstream.products import (
     publish,
     published,
 )
+from bitstream.records import type_of
 
 ZERO = 128  # the byte of an activation of zero
 WAVES = 4  # in a ring: this one and three back
@@ -109,7 +111,11 @@ class _CheckedImpl(CompileResultCacheImpl):
 
 
 class _Cache(FunctionCache):
-    """numba's cache of compiled code, but nothing that is wrong with it is an error: then it compiles."""
+    """numba's cache of compiled code, but nothing that is wrong with it is an error: then it compiles.
+
+    What was compiled at installation lies beside the source. It is found there even if numba, which may not write
+    there, has the user's folder for its own.
+    """
 
     _impl_class = _CheckedImpl
 
@@ -117,14 +123,22 @@ class _Cache(FunctionCache):
         """lean: compiled with ``LEAN``."""
         super().__init__(function)
         self._lean = lean
-        self._sources = _sources(function.__code__.co_filename)
+        # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
+        file, base = function.__code__.co_filename, self._impl.filename_base
+        self._cache_file = IndexDataCacheFile(self._cache_path, base, _sources(file))
+        self._installed = IndexDataCacheFile(str(Path(file).with_name("__pycache__")), base, _sources(file))
 
     def load_overload(self, signature: Any, context: Any) -> Any:
-        try:
-            # numba first imports all that compiling needs, memory for kernels included: ten times as long as loading.
-            return self._load_overload(signature, context) if self._lean else super().load_overload(signature, context)
-        except Exception:
-            return None
+        for file in (self._cache_file, self._installed):
+            try:
+                if not self._lean:
+                    context.refresh()  # imports all that compiling needs: ten times as long as loading
+                data = file.load(self._index_key(signature, context.codegen()))
+                if data is not None:
+                    return self._impl.rebuild(context, data)
+            except Exception:
+                continue
+        return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         for attempt in range(2):
@@ -141,8 +155,7 @@ class _Cache(FunctionCache):
             self.disable()
 
     def _index_key(self, signature: Any, codegen: Any) -> Any:
-        # numba looks at this file's time alone, which says little after an update, and nothing of the files below.
-        return (*super()._index_key(signature, codegen), self._sources, getattr(config, "BOUNDSCHECK", None))
+        return (*super()._index_key(signature, codegen), getattr(config, "BOUNDSCHECK", None))
 
 
 @functools.cache  # of what is imported, whatever happens to the files
@@ -821,3 +834,11 @@ def run(net, model, walk, coder, room, part, t, last):  # type: ignore[no-untype
         t += 1
         publish(walk.published[part], t)
     return t
+
+
+def compile_ahead() -> None:
+    """Compile all of this, and keep it where there is a place for it, as the first call would."""
+    position = types.int64
+    run.compile((*map(type_of, (Network, Model, Walk, Coder, Room)), position, position, position))
+    grid, activations, out = (types.Array(kind, 3, "C") for kind in (types.uint16, types.int8, types.int16))
+    condition.compile((*map(type_of, (Network, ConditionRoom)), grid, activations, position, position, out))

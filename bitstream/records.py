@@ -5,6 +5,7 @@ kernel. ``pack`` writes where the arrays lie, their shapes, and the numbers, int
 loads from there what it asks for: ``record.field`` reads the same in Python and in a kernel.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -32,7 +33,8 @@ class RecordType(types.Type):
         self.fields = tuple(fields)
 
 
-def _type(record: type) -> RecordType:
+@functools.cache
+def type_of(record: type) -> RecordType:
     """By its annotations: int, float, bool, or Annotated[Any, dtype, dimensions]."""
     fields = []
     for name, hint in get_type_hints(record, include_extras=True).items():
@@ -48,14 +50,10 @@ def _type(record: type) -> RecordType:
 class Packed:
     """A record as kernels take it. Keeps its arrays alive; other arrays in its place need another one."""
 
-    known: dict[type, RecordType] = {}
-
     def __init__(self, record: NamedTuple) -> None:
         """TypeError for arrays of other types than the annotations say, or not in C order."""
         self.record = record
-        if type(record) not in self.known:
-            self.known[type(record)] = _type(type(record))
-        self.type = self.known[type(record)]
+        self.type = type_of(type(record))
         block: list[int] = []
         for value, (name, kind) in zip(record, self.type.fields, strict=True):
             if isinstance(kind, types.Array):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -464,33 +465,57 @@ def test_products_outside_of_their_arrays_are_refused(change: dict[str, int]) ->
 
 # --- the cache of compiled code ---
 
+COMPILING = "import bitstream.kernels as a, vqcodec.compiled as b; a.compile_ahead(); b.compile_ahead()"  # as build.py
+
 CACHED = """
 import sys
+import bitstream, vqcodec
 from test_walk import IndexCoder, decode, encode, random_weights, same
 from bitstream import kernels
 coder = IndexCoder(random_weights.random_weights(active=-1.0))
 grids, payloads = encode(coder, (20, 20))
 assert same(decode(coder, (20, 20), payloads), grids)
+assert bitstream.__file__.startswith(sys.argv[1]), bitstream.__file__
 print(sum(sum(kernel.stats.cache_hits.values()) for kernel in (kernels.run, kernels.condition)))
 """
 
+USED = """
+import numpy as np, vqcodec, vqcodec.compiled
+image = np.random.default_rng(1).integers(0, 256, (40, 72, 3), np.uint8)
+for tune in ("psnr", "visual"):
+    vqcodec.decode(vqcodec.encode(image, 5, tune=tune))
+kernels = {name: kernel for name, kernel in vars(vqcodec.compiled).items() if hasattr(kernel, "stats")}
+print([name for name, kernel in kernels.items() if kernel.stats.cache_misses])
+"""
 
-def test_a_damaged_cache_is_compiled_afresh(tmp_path: Path) -> None:
-    def run() -> int:
-        path = os.pathsep.join([str(HERE), str(HERE.parent)])
-        environment = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", CACHED], env=environment, check=True, capture_output=True)
-        return int(done.stdout)
 
-    assert (run(), run()) == (0, 2)
-    for path in tmp_path.rglob("*.nb?"):
+def test_what_is_compiled_at_installation_is_found_and_is_enough(tmp_path: Path) -> None:
+    site, user = tmp_path / "site", tmp_path / "user"
+    for package in ("bitstream", "vqcodec"):
+        shutil.copytree(HERE.parent / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    plain |= {"PYTHONPATH": os.pathsep.join([str(site), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    # What numba may write goes elsewhere, as if the packages were another user's.
+    reading = {**plain, "NUMBA_CACHE_DIR": str(user)}
+
+    def run(program: str, environment: dict[str, str]) -> str:
+        command = [sys.executable, "-c", program, str(site)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    run(COMPILING, plain)
+    for path in site.rglob("*.py"):
+        os.utime(path)  # an installation copies the files
+    assert (int(run(CACHED, reading)), run(USED, reading).strip()) == (2, "[]")
+    assert not list(user.rglob("*.nb?"))
+    # Damaged code is compiled afresh, into the user's folder.
+    for path in (site / "bitstream").rglob("*.nb?"):
         data = bytearray(path.read_bytes())
         if path.suffix == ".nbi" and "condition" in path.name:  # the index of one
             del data[len(data) // 3 :]
         elif path.suffix == ".nbc" and "run" in path.name:  # the code of the other
             data[len(data) // 2] ^= 255
         path.write_bytes(data)
-    assert (run(), run()) == (0, 2)
+    assert (int(run(CACHED, reading)), int(run(CACHED, reading))) == (0, 2)
 
 
 # --- the weights file ---

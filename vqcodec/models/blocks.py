@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqcodec.models import compiled
+from vqcodec import compiled
 
 
 class Drawn(NamedTuple):

@@ -43,8 +43,8 @@ from bitstream.exact import (
     TABLE_BITS,
     WEIGHT_MAX,
 )
-from vqcodec.models import compiled
-from vqcodec.models.compiled import rows_of
+from vqcodec import compiled
+from vqcodec.compiled import rows_of
 
 # A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
 # from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.

@@ -29,8 +29,9 @@ from bitstream.exact import (
     CONDITION_WIDTH,
     LOGIT_BITS,
 )
+from vqcodec import compiled
 from vqcodec.config import PriorConfig
-from vqcodec.models import Modules, compiled, dyadic
+from vqcodec.models import Modules, dyadic
 from vqcodec.models.dyadic import DyadicLinear, Offsets
 
 # Attention sees this many rows above the cell (its own row included) and this many earlier steps.

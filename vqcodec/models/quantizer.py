@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitstream.exact import CODE_SCALE_BITS, ESCAPE_BITS, ESCAPE_SIDE, ESCAPE_STEP, INDICES
+from vqcodec import compiled
 from vqcodec.config import Learning
-from vqcodec.models import compiled, dyadic
+from vqcodec.models import dyadic
 from vqcodec.models.pixelsnail import Rows, grouped, per_row, rows_of, take
 
 DECAY = 0.99  # of the EMA codebook

@@ -1,20 +1,20 @@
 """Training's many small operations on a CPU, compiled: one pass over rows that stay in a cache, where torch takes a
 dozen passes over all of them. The same in torch, for GPUs, is where these are called.
 
-Tensors come as they are, on the CPU and contiguous.
+Tensors come as they are, on the CPU and contiguous. torch itself is not needed to compile this.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bitstream.exact import (
     ACTIVATION_BITS,
@@ -31,6 +31,9 @@ from bitstream.exact import (
 )
 from bitstream.kernels import kernel
 from bitstream.products import LEAN, njit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Sums may be taken in any order, so that they are vectors; infinities keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -50,18 +53,37 @@ _STEP = np.float32(ESCAPE_STEP)
 _CELLS = 64  # whose vectors stay in the nearest cache
 
 
-def _kernel(function: Any) -> Any:
-    # They allocate nothing: one that did would make numba import all that compiling needs, 0.7 s of a program's start.
-    return kernel(function, fastmath=_FAST, **LEAN)
+_AHEAD: list[tuple[Any, str]] = []
 
 
-def rows_of(x: Tensor) -> NDArray[Any]:
+def _kernel(*signatures: str) -> Callable[[Any], Any]:
+    """signatures: of the arguments, as numba writes them, for what encoding and decoding need from the start."""
+
+    def compiled(function: Any) -> Any:
+        # They allocate nothing: one that did would make numba import all that compiling needs, 0.7 s of a program's
+        # start.
+        made = kernel(function, fastmath=_FAST, **LEAN)
+        _AHEAD.extend((made, signature) for signature in signatures)
+        return made
+
+    return compiled
+
+
+def compile_ahead() -> None:
+    """Compile what encoding and decoding need, and keep it where there is a place for it, as the first call would."""
+    for made, signature in _AHEAD:
+        made.compile(normalize_signature(f"({signature})")[0])
+
+
+def rows_of(x: "Tensor") -> NDArray[Any]:
     """A tensor (..., C) as rows (n, C), numbers where they lie if it is contiguous; bfloat16 as uint16."""
     return plain(x.detach().contiguous().flatten(0, -2))
 
 
-def plain(x: Tensor) -> NDArray[Any]:
+def plain(x: "Tensor") -> NDArray[Any]:
     """A tensor as an array where it lies; bfloat16 as uint16."""
+    import torch
+
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -104,7 +126,7 @@ def _log2_sum(row):  # type: ignore[no-untyped-def]
     return top + np.float32(math.log2(total))
 
 
-@_kernel
+@_kernel("f4[:,:,::1], f4[:,::1], f4[:,::1], f4[::1], i8[::1], i4[::1]")
 def likely(z, null, active, weights, place, ends):  # type: ignore[no-untyped-def]
     """The rows in which null is not sure to win: their places among the first of place (M * cells,) int64, and in ends
     (M,) int32 where those of each group end; otherwise as ``choose``, by (group, cell)."""
@@ -120,7 +142,10 @@ def likely(z, null, active, weights, place, ends):  # type: ignore[no-untyped-de
         ends[g] = n
 
 
-@_kernel
+@_kernel(
+    "f4[:,::1], f4[::1], f4[::1], i8[::1], f4[:,::1], i8[::1], f4[:,:,::1], f4[:,::1], f4[::1], b1, b1, f4[:,::1], "
+    "i8[::1], f4[:,::1], f4[:,::1]"
+)
 def choose(  # type: ignore[no-untyped-def]
     z, null, active, place, logits, source, vectors, norm, weights, escape, gradient, scratch, index, chosen, rate
 ):
@@ -193,7 +218,7 @@ def choose(  # type: ignore[no-untyped-def]
                 rate[p, j] = 2 * share * ((active[p] - expected) * sum_e + sum_both) / sum_q
 
 
-@_kernel
+@_kernel()
 def code_length(logits, index, bits, slope):  # type: ignore[no-untyped-def]
     """logits (n, K) float32, index (n,) int64 -> bits (n,), -log2 of 2**logits[index] / sum(2**logits); and slope
     (n, K), their gradient."""
@@ -220,7 +245,7 @@ def _largest(row):  # type: ignore[no-untyped-def]
     return most
 
 
-@_kernel
+@_kernel("f4[:,::1], f4[:,::1], i4[:,::1]")
 def snap_weight(weight, out, exponent):  # type: ignore[no-untyped-def]
     """out (n, in) float32: weights on their grid; exponent (n, 1) int32: that of ``dyadic.weight_exponent``."""
     for r in range(len(weight)):
@@ -255,7 +280,7 @@ def _inside(x, low, high):  # type: ignore[no-untyped-def]
     return np.float32((x > low) & (x < high))
 
 
-@_kernel
+@_kernel("u2[:,::1], f4[:,::1], u2[:,::1]")
 def relu(sums, bias, out):  # type: ignore[no-untyped-def]
     """out (n, C) = the sums (n, C) with the biases (B, C) of their samples, as activations from 0 up."""
     n, width = sums.shape
@@ -266,7 +291,7 @@ def relu(sums, bias, out):  # type: ignore[no-untyped-def]
             out[r, c] = _narrow(steps / _ACTIVATION)
 
 
-@_kernel
+@_kernel()
 def relu_backward(out, gradient, to_sums, to_bias):  # type: ignore[no-untyped-def]
     n, width = out.shape
     for r in range(n):
@@ -277,7 +302,7 @@ def relu_backward(out, gradient, to_sums, to_bias):  # type: ignore[no-untyped-d
             to_bias[at, c] += g
 
 
-@_kernel
+@_kernel("f4[:,::1], u2[:,::1], f4[:,::1], b1, i8, i8[:,::1], f4[:,::1], u2[:,::1]")
 def add(stream, sums, bias, gated, height, offsets, out, taps):  # type: ignore[no-untyped-def]
     """out (n, C) float32 = stream + what the sums say, n = B * height * width cells; taps (n, T * C): activations of
     out in the cells at T offsets, zeros outside of the grid. gated: the sums, (n, 2 C), are values and gates; otherwise
@@ -311,7 +336,7 @@ def add(stream, sums, bias, gated, height, offsets, out, taps):  # type: ignore[
                         target[:] = 0
 
 
-@_kernel
+@_kernel()
 def add_backward(  # type: ignore[no-untyped-def]
     sums, bias, gated, height, offsets, total, out, to_out, to_taps, to_stream, to_sums, to_bias
 ):
@@ -354,7 +379,7 @@ def add_backward(  # type: ignore[no-untyped-def]
                         to_bias[b, c] += g
 
 
-@_kernel
+@_kernel("u2[:,::1], f4[:,::1], i8[::1], f4[:,::1]")
 def heads(sums, bias, place, out):  # type: ignore[no-untyped-def]
     """out (n, H) float32 = activations from 0 up of some rows: those at place (n,) in (M, cells), of sums
     (cells, M * H) and the biases (B, M * H) of their samples."""
@@ -367,7 +392,7 @@ def heads(sums, bias, place, out):  # type: ignore[no-untyped-def]
             out[r, c] = _snap(steps, _ZERO, _ACTIVATION_LAST) / _ACTIVATION
 
 
-@_kernel
+@_kernel()
 def heads_backward(out, gradient, place, to_sums, to_bias):  # type: ignore[no-untyped-def]
     cells, width = len(to_sums), out.shape[1]
     for r in range(len(place)):
@@ -382,7 +407,7 @@ def heads_backward(out, gradient, place, to_sums, to_bias):  # type: ignore[no-u
 # --- pictures ---
 
 
-@_kernel
+@_kernel("u1[:,:,::1], i8, u2[::1], u2[:,:,::1]", "u1[:,:,::1], i8, f4[::1], f4[:,:,::1]")
 def to_blocks(pixels, size, table, out):  # type: ignore[no-untyped-def]
     """out (h, w, 3 size**2): what a table (256,) has for pixels (h size, w size, 3) uint8."""
     h, w, _ = out.shape
@@ -396,7 +421,7 @@ def to_blocks(pixels, size, table, out):  # type: ignore[no-untyped-def]
                         at += 1
 
 
-@_kernel
+@_kernel("f4[:,:,::1], f4[:,:,::1], u1[:,:,::1]")
 def paint(details, linear, out):  # type: ignore[no-untyped-def]
     """out (H, W, 3) uint8 = the sum of two pictures in blocks, (h, w, C) float32, and a half; the first has the smaller
     blocks."""
@@ -415,7 +440,7 @@ def paint(details, linear, out):  # type: ignore[no-untyped-def]
                         target[x, c] = np.uint8(min(max(value, _ZERO), np.float32(255)))
 
 
-@_kernel
+@_kernel("f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], u1[:,:,::1]")
 def error_gradient(details, linear, to_details, to_linear, pixels):  # type: ignore[no-untyped-def]
     """That of the squared error between what ``paint`` would draw, unrounded, and pixels (H, W, 3) uint8. What is
     beyond black or white counts as these: on a white page an overshoot is no error."""
@@ -440,7 +465,7 @@ def error_gradient(details, linear, to_details, to_linear, pixels):  # type: ign
                         to_detail[here + x] = to_block[there + x] = twice
 
 
-@_kernel
+@_kernel("i4[:,::1], f4[:,:,::1], f4[:,:,::1]")
 def lookup(index, vectors, out):  # type: ignore[no-untyped-def]
     """out (cells, M, d) float32: the vectors of indices (M, cells) int32; vectors: (M, K, d). See ``Codebook``."""
     groups, codes, dim = vectors.shape
