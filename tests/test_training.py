@@ -24,6 +24,7 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
 from vqcodec.training.trainer import (
     Average,
+    Measured,
     Run,
     Stage,
     Sums,
@@ -306,7 +307,7 @@ def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.Monkey
         for optim in optims:
             optim.step()
         average.update(model, step)
-        sums.add(out.x_hat.sum(), level, (~dropped).float(), out.penalty, out.bits.sum(0))
+        sums.add(Measured(out.x_hat.sum(), level, (~dropped).float(), out.penalty, out.bits.sum(0)))
 
 
 def test_a_crop_of_half_cells_is_refused(images: Path, tmp_path: Path) -> None:

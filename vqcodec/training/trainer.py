@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bitstream.errors import UsageError, WeightsError
 from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig
 from vqcodec.models.refine import refined_latents
-from vqcodec.models.vqvae import VQVAE, Fit
+from vqcodec.models.vqvae import VQVAE, Fit, Output
 from vqcodec.smooth import rate_share
 from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.data import Cache, Crops
@@ -249,22 +249,96 @@ def levels_for(batch: int, low: int, high: int, device: torch.device | None = No
     return low + order.flatten()[:batch]
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    scratch = path.with_suffix(".partial")
-    torch.save(state, scratch)
-    os.replace(scratch, path)
+class State:
+    """What a run has come to: all that its checkpoint holds."""
+
+    def __init__(self, run: Run, model: VQVAE) -> None:
+        self.folder, self.model, self.average = run.output, model, Average(model)
+        self.optimizers = optimizers(model, run.stage)
+        self.step, self.elapsed = 0, 0.0  # seconds
+        self.identity = json.dumps({"stage": run.stage, **asdict(model.config)})
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def save(self, elapsed: float) -> None:
+        """The checkpoint, and the averaged weights. elapsed: seconds."""
+        state = {
+            "run": self.identity,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizers": [optim.state_dict() for optim in self.optimizers],
+            "step": self.step,
+            "elapsed": elapsed,
+        }
+        scratch = self.checkpoint.with_suffix(".partial")
+        torch.save(state, scratch)
+        os.replace(scratch, self.checkpoint)
+        save_weights(self.average.model, self.folder / "model.safetensors")
+
+    def resume(self, device: torch.device) -> bool:
+        """Go on from the checkpoint, if there is one. Raises WeightsError for a damaged file or another run's."""
+        path = self.checkpoint
+        if not path.exists():
+            return False
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            same = state["run"] == self.identity
+        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+            raise WeightsError(f"{path} is damaged or no checkpoint: remove it to start anew") from None
+        if not same:
+            raise WeightsError(f"{path} belongs to a run of another configuration or stage: choose another folder")
+        self.model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        for optim, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optim.load_state_dict(saved)
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        return True
 
 
-def load_checkpoint(path: Path, identity: str, device: torch.device) -> dict[str, Any]:
-    """The state of a run. Raises WeightsError for a damaged file or another run's."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        same = state["run"] == identity
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
-        raise WeightsError(f"{path} is damaged or no checkpoint: remove it to start anew") from None
-    if not same:
-        raise WeightsError(f"{path} belongs to a run of another configuration or stage: choose another folder")
-    return state
+class Measured(NamedTuple):
+    """A batch: loss (); level (B,), of either tune; whole (B,), 1 for samples with all grids and 0 for others; squared
+    error mse (B,); bits per pixel bpp, of the first samples."""
+
+    loss: Tensor
+    level: Tensor
+    whole: Tensor
+    mse: Tensor
+    bpp: Tensor
+
+
+class Objective:
+    """The loss that the head of this file tells of, of one batch after the other."""
+
+    def __init__(self, model: VQVAE, stage: Stage, device: torch.device) -> None:
+        config = model.config
+        self.model, self.config, self.stage, self.device = model, config, stage, device
+        lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
+        # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
+        self.scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
+        self.weights = sample_weights(config).to(device).repeat(config.banks)
+        self.eye = Ssimulacra2().to(device) if stage == "visual" else None
+
+    def __call__(self, network: Callable[..., Output], x: Tensor, step: int, progress: float) -> Measured:
+        """network: the model as it is called, see ``wrapped``; x: crops (B, 3, H, W) in 0..1."""
+        config, eye, pixels = self.config, self.eye, x[0, 0].numel()
+        first = config.levels - 2 if self.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
+        level = levels_for(len(x), first, config.levels, self.device) + (config.levels if eye else 0)
+        dropped = torch.rand(len(x), device=self.device) < DROPPED
+        with torch.autocast(self.device.type, torch.bfloat16):
+            fit = encoder_fit(self.model, x, level, self.scales[level] / 3) if self.stage == "finish" else None
+            out = network(x, level, rate_weight(self.stage, step, config), dropped, fit)
+        # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
+        x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
+        error = mse = (x_hat - x).pow(2).mean((1, 2, 3))
+        if eye:
+            error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, x_hat)
+        distortion = self.scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
+        bpp = out.bits.sum(0) / pixels
+        loss = (self.weights[level] * (distortion + out.penalty / pixels)).mean()
+        loss = loss + (self.weights[level[: len(bpp)]] * bpp).mean()
+        return Measured(loss, level, (~dropped).float(), mse, bpp)
 
 
 class Sums:
@@ -275,13 +349,17 @@ class Sums:
         self.loss, self.steps = torch.zeros((), device=device), 0
         self.table = torch.zeros(4, levels, device=device)
 
-    def add(self, loss: Tensor, level: Tensor, whole: Tensor, mse: Tensor, bpp: Tensor) -> None:
-        """level: of either tune; whole: (B,) 1 for samples with all grids, 0 for others; bpp: of the first samples."""
-        self.loss += loss.detach()
+    def add(self, batch: Measured) -> None:
+        self.loss += batch.loss.detach()
         self.steps += 1
-        level = level % self.table.shape[1]
-        coded = level[: len(bpp)]
-        rows = ((level, mse * whole), (level, whole), (coded, bpp), (coded, torch.ones_like(bpp)))
+        level = batch.level % self.table.shape[1]
+        coded = level[: len(batch.bpp)]
+        rows = (
+            (level, batch.mse * batch.whole),
+            (level, batch.whole),
+            (coded, batch.bpp),
+            (coded, torch.ones_like(batch.bpp)),
+        )
         for row, (at, values) in zip(self.table, rows, strict=True):
             row.index_add_(0, at, values.detach().float())
 
@@ -321,99 +399,73 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         raise UsageError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
     with processes() as (rank, size, device):
         seed_everything(run.seed)
-        model = load_weights(run.start) if run.start else VQVAE(run.config)
-        if run.stage == "visual":
-            model = with_two_banks(model)
-        model, config = model.to(device), model.config
-        model = model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-        model.requires_grad_(True)
-        for book in model.codebooks:
-            book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
-        if run.stage in ("finish", "prior"):
-            model.codebooks.eval()  # they have nothing to learn from latents
-        for book in model.codebooks:
-            book.fixed = run.stage == "visual"
-            if book.training and not book.fixed:
-                book.settle()
-        optims = optimizers(model, run.stage)
-        base = [group["lr"] for optim in optims for group in optim.param_groups]
-        average, step, elapsed = Average(model), 0, 0.0
+        model = prepared(run, device)
+        state = State(run, model)
+        base = [group["lr"] for optim in state.optimizers for group in optim.param_groups]
         run.output.mkdir(parents=True, exist_ok=True)
-        checkpoint, log = run.output / "checkpoint.pt", run.output / "log.jsonl"
-        identity = json.dumps({"stage": run.stage, **asdict(model.config)})
-        if checkpoint.exists():
-            state = load_checkpoint(checkpoint, identity, device)
-            model.load_state_dict(state["model"])
-            average.model.load_state_dict(state["average"])
-            for optim, saved in zip(optims, state["optimizers"], strict=True):
-                optim.load_state_dict(saved)
-            step, elapsed = state["step"], state["elapsed"]
-            forget_rows(log, step)
-            report(f"resuming at step {step}, {elapsed / 3600:.2f} h")
-        seed_everything(run.seed + size * step + rank)  # a resumed run sees new crops, each process its own
+        log = run.output / "log.jsonl"
+        if state.resume(device):
+            forget_rows(log, state.step)
+            report(f"resuming at step {state.step}, {state.elapsed / 3600:.2f} h")
+        seed_everything(run.seed + size * state.step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
-        network = wrapped(model, size, device)
-        lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
-        weights = sample_weights(config).to(device).repeat(config.banks)
-        eye = Ssimulacra2().to(device) if run.stage == "visual" else None
-        # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
-        scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
+        network, objective = wrapped(model, size, device), Objective(model, run.stage, device)
         started = saved_at = time.monotonic()
-        sums = Sums(config.levels, device)
+        sums = Sums(model.config.levels, device)
         while True:
-            spent = elapsed + time.monotonic() - started
-            progress = step / run.steps if run.steps is not None else spent / 3600 / (run.hours or 1.0)
+            spent = state.elapsed + time.monotonic() - started
+            progress = state.step / run.steps if run.steps is not None else spent / 3600 / (run.hours or 1.0)
             if size > 1:  # processes agree on when to stop
                 shared = torch.tensor(progress, device=device)
                 dist.broadcast(shared, 0)
                 progress = shared.item()
             if progress >= 1:
                 break
-            factor = learning_rate(progress, step, run.stage)
-            for group, lr in zip((g for o in optims for g in o.param_groups), base, strict=True):
+            factor = learning_rate(progress, state.step, run.stage)
+            for group, lr in zip((g for o in state.optimizers for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
-            x = crops.draw(*crops_at(run, progress))
-            first = config.levels - 2 if run.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
-            level = levels_for(len(x), first, config.levels, device) + (config.levels if eye else 0)
-            dropped = torch.rand(len(x), device=device) < DROPPED
-            with torch.autocast(device.type, torch.bfloat16):
-                fit = encoder_fit(model, x, level, scales[level] / 3) if run.stage == "finish" else None
-                out = network(x, level, rate_weight(run.stage, step, config), dropped, fit)
-            # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
-            x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
-            mse = (x_hat - x).pow(2).mean((1, 2, 3))
-            bpp = out.bits.sum(0) / x[0, 0].numel()
-            error = mse
-            if eye:
-                error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, x_hat)
-            distortion = scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
-            loss = (weights[level] * (distortion + out.penalty / x[0, 0].numel())).mean()
-            loss = loss + (weights[level[: len(bpp)]] * bpp).mean()
-            for optim in optims:
+            batch = objective(network, crops.draw(*crops_at(run, progress)), state.step, progress)
+            for optim in state.optimizers:
                 optim.zero_grad()
-            loss.backward()
+            batch.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            for optim in optims:
+            for optim in state.optimizers:
                 optim.step()
-            average.update(model, step)
-            step += 1
-            sums.add(loss, level, (~dropped).float(), mse, bpp)
-            if step % run.log_steps == 0 or step == 1:
-                row = {"step": step, "hours": round(spent / 3600, 3), **sums.row(), "perplexity": perplexity(model)}
-                sums = Sums(config.levels, device)
+            state.average.update(model, state.step)
+            state.step += 1
+            sums.add(batch)
+            if state.step % run.log_steps == 0 or state.step == 1:
+                place = {"step": state.step, "hours": round(spent / 3600, 3)}
+                row = {**place, **sums.row(), "perplexity": perplexity(model)}
+                sums = Sums(model.config.levels, device)
                 if rank == 0:
                     with open(log, "a") as file:
                         file.write(json.dumps(row) + "\n")
                     report(" ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, list)))
             if rank == 0 and time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
                 saved_at = time.monotonic()
-                save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
-                save_weights(average.model, run.output / "model.safetensors")
+                state.save(spent)
         if rank == 0:
-            spent = elapsed + time.monotonic() - started
-            save_checkpoint(checkpoint, state_of(identity, model, average, optims, step, spent))
-            save_weights(average.model, run.output / "model.safetensors")
-    return average.model
+            state.save(state.elapsed + time.monotonic() - started)
+    return state.average.model
+
+
+def prepared(run: Run, device: torch.device) -> VQVAE:
+    """The model of a run on its device, with what its stage lets learn."""
+    model = load_weights(run.start) if run.start else VQVAE(run.config)
+    if run.stage == "visual":
+        model = with_two_banks(model)
+    model = model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model.requires_grad_(True)
+    for book in model.codebooks:
+        book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
+    if run.stage in ("finish", "prior"):
+        model.codebooks.eval()  # they have nothing to learn from latents
+    for book in model.codebooks:
+        book.fixed = run.stage == "visual"
+        if book.training and not book.fixed:
+            book.settle()
+    return model
 
 
 def folders(run: Run, rank: int, size: int, report: Callable[[str], None]) -> list[tuple[Cache, float]]:
@@ -443,19 +495,6 @@ def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]
         return (compiled if rate in (0.0, 1.0) and fit is None else model)(x, level, rate, dropped, fit)
 
     return call
-
-
-def state_of(
-    identity: str, model: VQVAE, average: Average, optims: list[torch.optim.Optimizer], step: int, elapsed: float
-) -> dict[str, Any]:
-    return {
-        "run": identity,
-        "model": model.state_dict(),
-        "average": average.model.state_dict(),
-        "optimizers": [o.state_dict() for o in optims],
-        "step": step,
-        "elapsed": elapsed,
-    }
 
 
 def forget_rows(log: Path, step: int) -> None:
