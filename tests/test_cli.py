@@ -492,6 +492,25 @@ def test_workers_end_with_their_parent(here: Path, tiny_weights: Path, number: s
     assert err == b"vqcodec: terminated after 0 of 2 files: give the same command with --resume to go on\n"
 
 
+FORKING = """
+import os, signal, sys
+import cli
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_a_signal_while_workers_are_forked_ends_the_program(here: Path, tiny_weights: Path) -> None:
+    os.mkfifo("pipe")  # reading it never ends
+    args = ["encode", "-q", "2", "--jobs", "2", "--weights", str(tiny_weights), "pipe", "photo.png", "-o", "out/"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FORKING, *args]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert b"Traceback" not in done.stderr and b"ignored" not in done.stderr
+
+
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shapes differ"), ValueError()])
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, encode: Command, bug: Exception) -> None:
     fail_at(monkeypatch, "Codec.encode", bug)

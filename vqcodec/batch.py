@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -299,10 +299,13 @@ class LocalPool:
         _codec = self._codec if forks else None
         initial = self._weights, self._codec.device.type
         self._processes = ProcessPoolExecutor(self._workers, context, _begin, initial)
-        self._processes.submit(int).result()  # all are started
+        with _undisturbed():
+            started = self._processes.submit(int)
+        started.result()  # all are started
 
     def submit(self, work: Work, data: bytes) -> Future[Result]:
-        return self._processes.submit(_work, work, data)
+        with _undisturbed():  # some versions of Python start workers one by one
+            return self._processes.submit(_work, work, data)
 
     def restart(self) -> None:
         self._processes.shutdown()
@@ -315,6 +318,23 @@ class LocalPool:
         self._processes.shutdown(cancel_futures=True)
 
 
+_ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end a program wait, where they can: Python drops the exception of a handler that runs while it
+    forks, and the program would go on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _codec: Codec | None = None  # of this process, if it is a worker
 
 
@@ -323,6 +343,8 @@ def _begin(weights: str | None, device: str) -> None:
     global _codec
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # a fork takes the mask along
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # the walk's, too
