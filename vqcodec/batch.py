@@ -341,8 +341,9 @@ _codec: Codec | None = None  # of this process, if it is a worker
 def _begin(weights: str | None, device: str) -> None:
     """A worker's first act."""
     global _codec
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.SIG_DFL)  # ends it at once, without a word
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # a fork takes the mask along
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -52,7 +52,6 @@ _HALF = np.float32(ESCAPE_SIDE // 2)
 _STEP = np.float32(ESCAPE_STEP)
 _CELLS = 64  # whose vectors stay in the nearest cache
 
-
 _AHEAD: list[tuple[Any, str]] = []
 
 
@@ -60,8 +59,7 @@ def _kernel(*signatures: str) -> Callable[[Any], Any]:
     """signatures: of the arguments, as numba writes them, for what encoding and decoding need from the start."""
 
     def compiled(function: Any) -> Any:
-        # They allocate nothing: one that did would make numba import all that compiling needs, 0.7 s of a program's
-        # start.
+        # They allocate nothing: one that did would make numba import what compiling needs, 0.7 s of a program's start.
         made = kernel(function, fastmath=_FAST, **LEAN)
         _AHEAD.extend((made, signature) for signature in signatures)
         return made
