@@ -30,7 +30,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numba import types
 from numba.core import config
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, InTreeCacheLocator
 
 from bitstream.exact import (
     ACTIVATION_MAX,
@@ -96,8 +96,18 @@ _NULL, _FLAG_BITS = _flag_table()
 # --- compiling, and keeping what is compiled ---
 
 
+class _BesideSource(InTreeCacheLocator):
+    """The last resort, where no folder may be written to: what lies there can still be read."""
+
+    @classmethod
+    def from_function(cls, function: Any, file: str) -> "_BesideSource":
+        return cls(function, file)
+
+
 class _CheckedImpl(CompileResultCacheImpl):
     """Compiled code with a checksum: damaged code would crash, or worse, decode something else."""
+
+    _locator_classes = [*CompileResultCacheImpl._locator_classes, _BesideSource]
 
     def reduce(self, compiled: Any) -> Any:
         data = dumps(super().reduce(compiled))
@@ -174,7 +184,7 @@ def kernel(function: Any, **options: Any) -> Any:
     """Compiled when first called, and kept on disk where there is a place for it. options: more of numba's."""
     compiled = njit(function, nogil=True, error_model="numpy", **options)
     if not INTERPRETED:
-        # Without a folder that may be written to, or with a numba that keeps things in another way: compile each time.
+        # With a numba that keeps things in another way: compile each time.
         with contextlib.suppress(Exception):
             compiled._cache = _Cache(function, lean=LEAN.items() <= options.items())
     return compiled

@@ -479,6 +479,13 @@ assert bitstream.__file__.startswith(sys.argv[1]), bitstream.__file__
 print(sum(sum(kernel.stats.cache_hits.values()) for kernel in (kernels.run, kernels.condition)))
 """
 
+NOWHERE_TO_WRITE = """
+from numba.core.caching import _CacheLocator
+def refuse(self):
+    raise PermissionError
+_CacheLocator.ensure_cache_path = refuse
+"""
+
 USED = """
 import numpy as np, vqcodec, vqcodec.compiled
 image = np.random.default_rng(1).integers(0, 256, (40, 72, 3), np.uint8)
@@ -507,6 +514,7 @@ def test_what_is_compiled_at_installation_is_found_and_is_enough(tmp_path: Path)
         os.utime(path)  # an installation copies the files
     assert (int(run(CACHED, reading)), run(USED, reading).strip()) == (2, "[]")
     assert not list(user.rglob("*.nb?"))
+    assert int(run(NOWHERE_TO_WRITE + CACHED, plain)) == 2
     # Damaged code is compiled afresh, into the user's folder.
     for path in (site / "bitstream").rglob("*.nb?"):
         data = bytearray(path.read_bytes())
