@@ -51,7 +51,7 @@ INDICES, PIXELS = 3, 2
 
 MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another way to code them gains nothing
 # Bits of a file, and then for each pixel, up to which its picture is drawn to find its offset. That takes a tenth to a
-# half of the time of encoding. More bits, as photographs take from quality 3 on, leave nothing to find.
+# half of the time of encoding. More bits, as photographs take from quality 3 on, leave little to find.
 FEW_BITS, FEW_BITS_PER_PIXEL = 1000, 0.05
 
 

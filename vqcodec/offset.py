@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
-NUMBERS = np.array(sorted(range(-128, 128), key=abs))  # of equal ones the smallest is found
-# What the values 0..255 become with each number.
+NUMBERS = np.array(sorted(range(-128, 128), key=abs))  # of those that are as good the first is found
+# (numbers, 256): what each value becomes with each number.
 MOVED = np.clip(np.arange(256) + NUMBERS[:, None], 0, 255)
 
 
 def find(drawn: Bytes, pixels: Bytes, counts: NDArray[np.bool_]) -> bytes | None:
-    """The content of an offset chunk with the least squared error; None if that is nothing but zeros.
+    """The content of an offset chunk with the least squared error; None if it is all zeros.
 
     drawn, pixels: (H, W, C), what the network gives and what it should be, C planes coded; counts: (H, W), which pixels
     count. Not simply the mean error, because what is clipped moves no further.
