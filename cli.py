@@ -824,7 +824,8 @@ def info(
       bpp             bits per pixel: 8 x bytes / (width x height)
       fingerprint     of the model that wrote the file, hexadecimal
       chunks          bytes of each one present: grid1 (the coarsest, top),
-                      grid2 (bottom), ..., flat, alpha, icc, exif, xmp
+                      grid2 (bottom), ..., offset, flat, alpha, icc, exif,
+                      xmp
       camera, date    from EXIF, where it has them
       profile         name of the ICC profile, where it has one
 

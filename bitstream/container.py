@@ -51,7 +51,8 @@ value  name        planes coded      planes that come out   alpha
 7      EQUAL_RGBA  1                 red = green = blue     chunk
 =====  ==========  ================  =====================  =========
 
-A model's decoder network gives three planes; one coded plane is their mean, rounded.
+A model's decoder network gives three planes; one coded plane is their mean, rounded. Then
+the offset is added and the flat blocks are set, in this order (section 3).
 
 
 3. Chunks
@@ -60,17 +61,18 @@ A chunk is its type (1 byte), the length of its payload in bytes (a varint), and
 LEB128 number: 7 bits in each byte, least significant first, the high bit set in every byte but the last. It
 has at most 5 bytes and no more than its value needs: the last byte is 0 only if it is the only one.
 
-==========  =====  ==========================================================================
-type        name   payload
-==========  =====  ==========================================================================
-0x01..0x08  grid   the indices of one grid, sections 5 to 7; 0x01 is the coarsest grid
-0x40        flat   blocks of one colour, which come out exactly, see below
-0x41        alpha  the alpha plane, a PNG file, see below
-0x42        icc    the image's ICC profile
-0x43        exif   the image's EXIF block
-0x44        xmp    the image's XMP packet
-0x7F        end    none, and no length: the file ends here, or with the padding behind
-==========  =====  ==========================================================================
+==========  ======  =========================================================================
+type        name    payload
+==========  ======  =========================================================================
+0x01..0x08  grid    the indices of one grid, sections 5 to 7; 0x01 is the coarsest grid
+0x3F        offset  what is added to all pixels of a plane, see below
+0x40        flat    blocks of one colour, which come out exactly, see below
+0x41        alpha   the alpha plane, a PNG file, see below
+0x42        icc     the image's ICC profile
+0x43        exif    the image's EXIF block
+0x44        xmp     the image's XMP packet
+0x7F        end     none, and no length: the file ends here, or with the padding behind
+==========  ======  =========================================================================
 
 A decoder refuses the file with DamagedError unless all of these hold:
 
@@ -83,6 +85,11 @@ A decoder refuses the file with DamagedError unless all of these hold:
 - there is an alpha chunk exactly if the colour mode has alpha;
 - the payload of an optional chunk ends with 4 bytes, counted in its length, that are the CRC-32 of its type
   byte and of the content before them.
+
+**Offset.** Where a picture takes hardly any bits, all of it may come out too bright or too dark by some grey levels.
+The content of the offset chunk is one byte for each plane that is coded (section 2), a number from -128 to 127 in two's
+complement. They are not all 0. Anything else is refused with DamagedError. A decoder adds the number to all pixels of
+its plane, which are whole numbers by then, and clips to 0..255.
 
 **Flat blocks.** Where the picture has one exact colour, its decoder network gives that colour only about. The flat
 chunk names such blocks: 8 x 8 pixels each, those at the right and at the bottom cut off by the picture's edge,
@@ -106,7 +113,8 @@ height * (width + 1) bytes, filter types 0..4. Anything else is refused with Dam
 A program may show the coarsest grid alone as a preview, of a damaged or truncated file too, if the header, the
 limits of section 1, the first chunk and the end of its payload (section 7) are in order; it must not pass for
 the image, because the checksum covers all grids. If the whole file is in order so far (this section), a preview has
-its flat blocks: the coarsest grid need not say anything about them.
+its flat blocks: the coarsest grid need not say anything about them. A preview does without the offset, which makes up
+for what all grids together are off by.
 
 The version byte is the only extension mechanism: a new chunk type needs a new version.
 
@@ -116,10 +124,10 @@ The version byte is the only extension mechanism: a new chunk type needs a new v
 The fingerprint is the first 8 bytes of the SHA-256 of the strides, the priors' weights and the codebooks, of all that
 must be equal to read the indices; FORMAT.md says in which form.
 
-The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the content of the flat
-chunk, if there is one, and by the decoded index grids, coarsest first, each index as 2 bytes, in C order of (M, h, w).
-It covers what was decoded, not what was stored, so that it detects wrong tables as well as damage; and all that pixels
-are made of but alpha, so that no chunk of these can get lost.
+The checksum is the CRC-32 (as in zlib and PNG) of the 21 header bytes before it, followed by the content of the offset
+chunk, then that of the flat chunk, if there are any, and by the decoded index grids, coarsest first, each index as
+2 bytes, in C order of (M, h, w). It covers what was decoded, not what was stored, so that it detects wrong tables as
+well as damage; and all that pixels are made of but alpha, so that no chunk of these can get lost.
 
 
 5. Order of the symbols, and lanes
@@ -193,7 +201,7 @@ VISUAL = 128  # in the byte of the level
 MAX_SIDE = 2**24
 MAX_VARINT_BYTES = 5
 MAX_GRIDS = 8
-OPTIONAL_CHUNKS = {"flat": 0x40, "alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order
+OPTIONAL_CHUNKS = {"offset": 0x3F, "flat": 0x40, "alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order
 END = 0x7F
 
 DEFAULT_MAX_PIXELS = 2**27  # as many as cameras have
@@ -267,13 +275,15 @@ class Header:
 class Container:
     """A .vq2 file, taken apart.
 
-    grids: 1..8 rANS payloads, coarsest grid first.  flat .. xmp: contents without their CRC, None where
-    there is no chunk; alpha is None exactly if the colour mode has no alpha.  ValueError for anything else.
+    grids: 1..8 rANS payloads, coarsest grid first.  offset .. xmp: contents without their CRC, None where
+    there is no chunk; alpha is None exactly if the colour mode has no alpha.  offset: a byte for each plane that is
+    coded, not all 0.  ValueError for anything else.
     """
 
     header: Header
     checksum: int
     grids: tuple[bytes, ...]
+    offset: bytes | None = None
     flat: bytes | None = None
     alpha: bytes | None = None
     icc: bytes | None = None
@@ -288,6 +298,9 @@ class Container:
         if self.header.colour.has_alpha != (self.alpha is not None):
             found = "no alpha plane" if self.alpha is None else "an alpha plane"
             raise ValueError(f"colour mode is {self.header.colour.name}, but there is {found}")
+        planes = 1 if self.header.colour.one_plane else 3
+        if self.offset is not None and (len(self.offset) != planes or not any(self.offset)):
+            raise ValueError(f"the offset is not {planes} bytes, one of them not 0 ({len(self.offset)} bytes)")
 
 
 def pack(container: Container) -> bytes:
@@ -345,12 +358,12 @@ def unpack_coarsest(
     return header, bytes(payload)
 
 
-def checksum(header: Header, grids: "Sequence[NDArray[Any]]", flat: bytes | None = None) -> int:
-    """CRC-32 of the header, the flat chunk's content and the decoded index grids.
+def checksum(header: Header, grids: "Sequence[NDArray[Any]]", *contents: bytes | None) -> int:
+    """CRC-32 of the header, the contents of the offset and flat chunks, in this order, and the decoded index grids.
 
     grids: coarsest first, each (M, h, w), of any integer dtype.  ValueError if an index is not in 0..65535.
     """
-    crc = zlib.crc32(flat or b"", zlib.crc32(_header_bytes(header)))
+    crc = zlib.crc32(b"".join([_header_bytes(header), *(content or b"" for content in contents)]))
     for grid in grids:
         if grid.dtype.kind not in "iu" or (grid.size and not (grid.min() >= 0 and grid.max() < 2**16)):
             raise ValueError(f"indices must be integers in 0..65535 (dtype {grid.dtype})")
@@ -360,7 +373,7 @@ def checksum(header: Header, grids: "Sequence[NDArray[Any]]", flat: bytes | None
 
 def verify(container: Container, grids: "Sequence[NDArray[Any]]") -> None:
     """Raise DamagedError unless `grids`, as in `checksum`, are the indices that the file was made from."""
-    computed = checksum(container.header, grids, container.flat)
+    computed = checksum(container.header, grids, container.offset, container.flat)
     if computed != container.checksum:
         raise DamagedError(
             "decoded indices do not match the file's checksum "

@@ -31,6 +31,9 @@ def pictures() -> dict[str, tuple[Picture, float]]:
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     margin = pixels[:40, :48].copy()
     margin[8:] = 255
+    faint = np.random.default_rng(0).normal((217, 162, 130), 1.5, (40, 48, 3)).astype(np.uint8)
+    beside = np.repeat(faint[..., 1:2], 3, axis=2)
+    beside[:24] = 160
     metadata = b"an ICC profile", b"MM\0*\0\0\0\x08\0\0", b"<x:xmpmeta/>"
     return {
         "one-pixel": (Picture(pixels[:1, :1], ColourMode.RGB), 2),
@@ -53,6 +56,8 @@ def pictures() -> dict[str, tuple[Picture, float]]:
         "equal-planes-alpha": (Picture(grey[:40, :48], ColourMode.RGBA, alpha), 2),
         "flat-margin": (Picture(margin[:37, :45], ColourMode.RGB), 3),
         "flat-grey": (Picture(np.repeat(margin[..., 1:2], 3, axis=2), ColourMode.GREY), 2),
+        "offset": (Picture(faint, ColourMode.RGB), 1),
+        "offset-grey-flat": (Picture(beside, ColourMode.GREY), 1),
         "every-chunk": (Picture(margin, ColourMode.RGBA, alpha, *metadata), 1),
     }
 
@@ -153,6 +158,12 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
     golden = {path.stem: path.read_bytes() for path in (GOLDEN / "decode").glob("*.vq2")}
     good, padding, rich, long = (golden[name] for name in ("grey", "padded", "every-chunk", "lanes-40x530"))
     parts, full, laned = container.unpack(good), container.unpack(rich), container.unpack(long)
+    moved, both = golden["offset"], golden["offset-grey-flat"]
+    moved_parts, both_parts = container.unpack(moved), container.unpack(both)
+    assert moved_parts.offset and both_parts.offset and both_parts.flat
+    offset = sealed(0x3F, moved_parts.offset)
+    last = sealed(0x3F, both_parts.offset), sealed(0x40, both_parts.flat)
+    assert moved.endswith(offset + b"\x7f") and both.endswith(b"".join(last) + b"\x7f")
     assert full.flat and full.alpha and full.icc and full.exif and full.xmp
     full_grids = codec.indices.decode(full)
     head, (top, bottom), end = good[:25], parts.grids, b"\x7f"
@@ -175,6 +186,11 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
     def with_flat(content: bytes) -> bytes:
         checksum = container.checksum(full.header, full_grids, content)
         return container.pack(dataclasses.replace(full, checksum=checksum, flat=content))
+
+    def with_offset(of: Container, content: bytes) -> bytes:
+        assert of.offset
+        checksum = container.checksum(of.header, codec.indices.decode(of), content, of.flat).to_bytes(4, "little")
+        return patched(container.pack(of).replace(sealed(0x3F, of.offset), sealed(0x3F, content)), 21, checksum)
 
     def with_grids(*payloads: bytes) -> bytes:
         return container.pack(dataclasses.replace(parts, grids=payloads))
@@ -239,6 +255,19 @@ def mistakes(codec: Codec) -> dict[str, tuple[str, bytes]]:
         "lane-length-not-minimal": with_bottom(bytes([length & 127 | 128, length >> 7 | 128, 0]) + body),
         "lane-lengths-missing": with_bottom(b""),
         "lanes-not-whole-words": with_bottom(laned.grids[1][:-1]),
+        "offset-missing": moved.replace(offset, b""),
+        "offset-exchanged": moved.replace(offset, sealed(0x3F, moved_parts.offset[::-1])),
+        "offset-crc-wrong": moved.replace(offset, offset[:-1] + b"!"),
+        "offset-shorter-than-a-crc": moved.replace(offset, chunk(0x3F, b"off")),
+        "offset-before-the-grids": moved[:25] + offset + moved[25:].replace(offset, b""),
+        "offset-behind-the-flat-blocks": both.replace(b"".join(last), b"".join(reversed(last))),
+        "offset-repeated": moved.replace(offset, 2 * offset),
+        "offset-empty": with_offset(moved_parts, b""),
+        "offset-of-zeros": with_offset(moved_parts, bytes(3)),
+        "offset-of-one-byte-for-three-planes": with_offset(moved_parts, b"\1"),
+        "offset-of-four-bytes": with_offset(moved_parts, b"\1\1\1\1"),
+        "offset-of-zero-for-one-plane": with_offset(both_parts, b"\0"),
+        "offset-of-three-bytes-for-one-plane": with_offset(both_parts, b"\1\1\1"),
         "flat-missing": rich_head + rich_grids + plane + end,
         "flat-exchanged": container.pack(dataclasses.replace(full, flat=b"\2" + full.flat[1:])),
         "flat-crc-wrong": rich_head + rich_grids + blocks[:-1] + b"!" + plane + end,

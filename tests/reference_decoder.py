@@ -58,7 +58,7 @@ def parse(data: bytes) -> File:
         length, at = varint(data, at)
         if at + length > len(data):
             raise Refused("length")
-        if not (1 <= kind <= 8 or 0x40 <= kind <= 0x44) or kind <= max(chunks, default=0):
+        if not (1 <= kind <= 8 or 0x3F <= kind <= 0x44) or kind <= max(chunks, default=0):
             raise Refused("chunk type")
         chunks[kind], at = data[at : at + length], at + length
     if data[at:] != bytes(max(0, least - at)):
@@ -69,8 +69,11 @@ def parse(data: bytes) -> File:
     for kind, payload in chunks.items():
         if kind > 8 and payload[-4:] != zlib.crc32(bytes([kind]) + payload[:-4]).to_bytes(4, "little"):
             raise Refused("CRC of a chunk")
+    offset = chunks.get(0x3F, b"")[:-4]
+    if 0x3F in chunks and (len(offset) != (3 if data[6] in (1, 3) else 1) or not any(offset)):
+        raise Refused("offset")
     checksum = int.from_bytes(data[21:25], "little")
-    covered = data[:21] + chunks.get(0x40, b"")[:-4]
+    covered = data[:21] + offset + chunks.get(0x40, b"")[:-4]
     return File(
         width, height, data[5] % 128 - 1, data[5] >= 128, data[13:21], checksum, covered, [chunks[k] for k in grids]
     )

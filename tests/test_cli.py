@@ -632,6 +632,8 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
     succeeded(encode("rgba.png"))
     rgb, rgba = map(json.loads, succeeded(run("info", "--json", "file.vq2", "rgba.vq2")).stdout.splitlines())
     chunks = rgb.pop("chunks")
+    for found in (chunks, rgba["chunks"]):
+        found.pop("offset", None)  # whether there is one, networks say, in floating point
     assert rgb == {
         "file": "file.vq2",
         "bytes": len(vq2),
@@ -645,7 +647,7 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
         "fingerprint": vq2[13:21].hex(),
     }
     assert list(chunks) == ["grid1", "grid2"]
-    assert len(vq2) - 40 <= sum(chunks.values()) < len(vq2)
+    assert len(vq2) - 50 <= sum(chunks.values()) < len(vq2)
     assert rgba["mode"] == "RGBA" and list(rgba["chunks"]) == ["grid1", "grid2", "alpha"]
 
 

@@ -36,10 +36,12 @@ sizes = st.tuples(st.integers(1, 2**14), st.integers(1, 2**14)).map(lambda s: (s
 def containers(draw: st.DrawFn) -> Container:
     contents, fingerprints = st.binary(max_size=300), st.binary(min_size=8, max_size=8)
     colour, sides = draw(st.sampled_from(ColourMode)), draw(sizes.flatmap(st.permutations))
+    planes = 1 if colour.one_plane else 3
     return Container(
         Header(draw(st.integers(1, spec.MAX_LEVEL)), *sides, colour, draw(fingerprints), draw(st.booleans())),
         draw(st.integers(0, 2**32 - 1)),
         tuple(draw(st.lists(contents, min_size=1, max_size=8))),
+        offset=draw(st.binary(min_size=planes, max_size=planes).filter(any) | st.none()),
         flat=draw(contents | st.none()),
         alpha=draw(contents) if colour.has_alpha else None,
         icc=draw(contents | st.none()),
@@ -175,7 +177,7 @@ def test_golden_bytes_have_not_changed() -> None:
     header = Header(2, 17, 9, ColourMode.GREY_ALPHA, bytes(range(8)))
     grids = [np.array([[[1, 2]], [[3, 255]]]), np.array([[[511]]], np.uint16)]
     golden = Container(
-        header, checksum(header, grids, b"\1\xff\3"), (b"\1\2\3\4", b""), b"\1\xff\3", b"png", xmp=b"x" * 130
+        header, checksum(header, grids, b"\1\xff\3"), (b"\1\2\3\4", b""), None, b"\1\xff\3", b"png", xmp=b"x" * 130
     )
     data = bytes.fromhex(
         "f6565132 02 02 02 100000 080000 0001020304050607 e69899a0"  # header
@@ -194,6 +196,38 @@ def test_the_checksum_is_the_crc_of_header_and_indices() -> None:
     indices = b"".join(int(index).to_bytes(2, "little") for grid in GRIDS for index in grid.ravel())
     assert int.from_bytes(data[21:25], "little") == zlib.crc32(data[:21] + indices)
     assert checksum(HEADER, GRIDS, b"flat") == zlib.crc32(data[:21] + b"flat" + indices)
+    assert checksum(HEADER, GRIDS, b"off", b"flat") == zlib.crc32(data[:21] + b"offflat" + indices)
+
+
+def test_the_bytes_of_an_offset_are_as_specified() -> None:
+    moved = dataclasses.replace(RGB, offset=b"\1\xfe\0")
+    data = pack(moved)
+    assert data == pack(RGB)[:-1] + bytes.fromhex("3f 07 01fe00 ef91f102 7f")  # with its CRC-32, before the end
+    assert unpack(data) == moved
+
+
+def test_an_offset_that_is_taken_out_or_exchanged_is_noticed() -> None:
+    whole = dataclasses.replace(
+        RGB, checksum=checksum(HEADER, GRIDS, b"\1\2\3", b"flat"), offset=b"\1\2\3", flat=b"flat"
+    )
+    verify(unpack(pack(whole)), GRIDS)
+    for other in (None, b"\1\2\4"):
+        with pytest.raises(DamagedError, match="do not match"):
+            verify(unpack(pack(dataclasses.replace(whole, offset=other))), GRIDS)
+
+
+@pytest.mark.parametrize("colour", ColourMode)
+def test_an_offset_is_a_byte_for_each_coded_plane_and_not_all_zeros(colour: ColourMode) -> None:
+    header = dataclasses.replace(HEADER, colour=colour)
+    good, alpha = bytes([0, 0, 255]) if colour.name in ("RGB", "RGBA") else b"\xff", b"" if colour.has_alpha else None
+    assert unpack(pack(Container(header, 0, (b"",), good, alpha=alpha))).offset == good
+    for content in (b"", bytes(len(good)), good + b"\1", good[1:], bytes(2**20) + b"\1"):
+        with pytest.raises(ValueError, match="offset"):
+            Container(header, 0, (b"",), content, alpha=alpha)
+    tail = () if alpha is None else (sealed(0x41, alpha),)
+    for content in (b"", bytes(len(good)), good + b"\1"):
+        assert refused(with_chunks(b"\1\0", sealed(0x3F, content), *tail, header=header))
+    assert refused(with_chunks(b"\1\0", b"\x3f\3off", *tail, header=header))
 
 
 def test_flat_blocks_that_are_taken_out_or_exchanged_are_noticed() -> None:
@@ -275,8 +309,15 @@ def test_flipping_any_bit_of_a_file_is_refused() -> None:
 
     header = dataclasses.replace(HEADER, colour=ColourMode.RGBA)
     payloads = tuple(payload(grid.ravel()) for grid in GRIDS)
-    optional = {"flat": b"flat", "alpha": b"alpha", "icc": b"", "exif": b"Exif" * 40, "xmp": b"\x7f\x44\x01"}
-    original = Container(header, checksum(header, GRIDS, b"flat"), payloads, **optional)
+    optional = {
+        "offset": b"\0\1\xff",
+        "flat": b"flat",
+        "alpha": b"alpha",
+        "icc": b"",
+        "exif": b"Exif" * 40,
+        "xmp": b"\x7f\x44\x01",
+    }
+    original = Container(header, checksum(header, GRIDS, b"\0\1\xff", b"flat"), payloads, **optional)
     data = pack(original)
     assert decode(data) == original
     for bit in range(8 * len(data)):
@@ -336,7 +377,10 @@ def test_a_length_that_is_not_minimal_or_too_long_is_refused(varint: str) -> Non
         [b"\1\0", sealed(0x42, b"icc"), sealed(0x42, b"icc")],
         [b"\1\0", sealed(0x43, b"exif"), sealed(0x42, b"icc")],
         [b"\1\0", sealed(0x45, b"unknown")],
-        [b"\1\0", sealed(0x3F, b"unknown")],
+        [b"\1\0", sealed(0x3E, b"unknown")],
+        [sealed(0x3F, b"off"), b"\1\0"],
+        [b"\1\0", sealed(0x40, b"flat"), sealed(0x3F, b"off")],
+        [b"\1\0", sealed(0x3F, b"off"), sealed(0x3F, b"off")],
         [sealed(0x40, b"flat"), b"\1\0"],
         [b"\1\0", b"\x40\x08flat0000"],
         [b"\1\0", sealed(0x42, b"icc"), sealed(0x40, b"flat")],

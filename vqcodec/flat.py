@@ -64,6 +64,11 @@ def deep(content: bytes, height: int, width: int, planes: int) -> NDArray[np.boo
     return found
 
 
+def covered(content: bytes, height: int, width: int, planes: int) -> NDArray[np.bool_]:
+    """Which pixels (H, W) of a picture are in flat blocks."""
+    return _spread(_parsed(content, height, width, planes)[1], height, width) > 0
+
+
 def paste(pixels: Bytes, content: bytes) -> None:
     """Set the blocks of a flat chunk in a picture (H, W, C), C planes coded. Raises DamagedError."""
     height, width, planes = pixels.shape
