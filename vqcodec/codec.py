@@ -116,8 +116,8 @@ class Codec:
         Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range or a tune
         that there is not.
         """
-        picture = picture_of(image)
-        return PictureEncoder(self, stripped(picture, strip), effort, tune).encode(quality, progress)
+        # Without names for what comes between, which would stay in memory.
+        return PictureEncoder(self, stripped(picture_of(image), strip), effort, tune).encode(quality, progress)
 
     def decode(
         self,
@@ -302,6 +302,7 @@ class PictureEncoder:
         stride = codec.model.config.stride
         pad = [(0, n * stride - side) for n, side in zip(self.cells, self.size, strict=True)]
         padded = np.pad(picture.pixels, (*pad, (0, 0)), "edge")  # up to whole cells
+        self.picture = replace(picture, pixels=padded[: self.height, : self.width])  # one copy in memory is enough
         self._pixels = torch.from_numpy(padded).permute(2, 0, 1)[None]
         self.grids: list[Grid] = []  # of the last file
         self._decoded: NDArray[np.uint8] | None = None
