@@ -25,11 +25,12 @@ import vqcodec
 from bitstream import container, rans
 from bitstream.container import Container, Header
 from bitstream.errors import BitstreamError, DamagedError, DeviceError, LimitError, ModelMismatchError, WeightsError
+from bitstream.walk import Grid
 from vqcodec.codec import Codec, PictureEncoder
 from vqcodec.config import BEST_QUALITY, EFFORTS, TUNES, GridConfig, ModelConfig, PriorConfig, Tune
 from vqcodec.image import from_pil, read
 from vqcodec.metrics import psnr
-from vqcodec.models import precision, tiling
+from vqcodec.models import precision, refine, tiling
 from vqcodec.models.vqvae import VQVAE
 from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.trainer import with_two_banks
@@ -449,6 +450,27 @@ def test_for_the_eye_bits_go_from_texture_to_flat_parts(codec: Codec, effort: in
         return float(bits[..., : bits.shape[2] // 2].sum() / bits.sum())
 
     assert share("visual") > 1.01 * share("psnr")
+
+
+def test_what_squared_error_has_in_a_step_is_not_limited_for_the_eye(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def even(x: torch.Tensor, cell: int = 1) -> torch.Tensor:
+        return torch.ones(1, 1, x.shape[2] // cell, x.shape[3] // cell)
+
+    monkeypatch.setattr("vqcodec.codec.visibility", even)
+    monkeypatch.setattr("vqcodec.codec.rate_share", even)
+    monkeypatch.setattr(refine, "VISUAL_LIMIT", 0.01)
+
+    def grids(tune: Tune, share: float) -> list[Grid]:
+        monkeypatch.setattr(refine, "VISUAL_SHARE", share)
+        encoder = PictureEncoder(codec, from_pil(Image.open(PHOTO)), tune=tune)
+        encoder.encode(2)
+        return encoder.grids
+
+    plain = grids("psnr", 0.0)
+    assert all(map(np.array_equal, plain, grids("visual", 0.0)))
+    assert not all(map(np.array_equal, plain, grids("visual", 0.5)))
 
 
 def test_an_unknown_tune_is_refused(codec: Codec) -> None:
