@@ -117,7 +117,8 @@ class Codec:
         that there is not.
         """
         # Without names for what comes between, which would stay in memory.
-        return PictureEncoder(self, stripped(picture_of(image), strip), effort, tune).encode(quality, progress)
+        encoder = PictureEncoder(self, stripped(picture_of(image), strip), effort, tune)
+        return encoder.encode(quality, progress, last=True)
 
     def decode(
         self,
@@ -307,15 +308,18 @@ class PictureEncoder:
         self.grids: list[Grid] = []  # of the last file
         self._decoded: NDArray[np.uint8] | None = None
         self._row: int | None = None
-        self._features: list[Tensor] = []
+        self._features: list[Tensor | None] = []
 
-    def encode(self, quality: float, progress: Progress | None = None, level: int | None = None) -> bytes:
-        """The bytes of a file. level: as in ``Codec.level_for``. Raises ValueError for a quality out of range."""
+    def encode(
+        self, quality: float, progress: Progress | None = None, level: int | None = None, *, last: bool = False
+    ) -> bytes:
+        """The bytes of a file. level: as in ``Codec.level_for``. last: features are let go as soon as they are used.
+        Raises ValueError for a quality out of range."""
         codec = self.codec
         level, rate_weight = codec.level_for(quality, level)
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)
         row = codec.indices.weights.row(header)
-        analysis = ANALYSIS if row != self._row else 0
+        analysis = 0 if self._analysed(row) else ANALYSIS
         coarse = (len(codec.model.codebooks) - 1) * (COARSE_WALK + CONTEXT + LATENTS)
         # To say nothing about flat blocks in coarse grids, too, halves the bytes beside strong colours, but costs some
         # beside white: what is next to them is easier to guess then.
@@ -323,7 +327,7 @@ class PictureEncoder:
         stages = Stages(progress, analysis + len(ways) * (coarse + self.steps * FIT_STEP + WALK))
         with inference(codec.device):
             self._analyse(row, stages.next(analysis))
-        found = [self._coded(row, rate_weight, blank, stages) for blank in ways]
+        found = [self._coded(row, rate_weight, blank, stages, last and blank == ways[-1]) for blank in ways]
         self.grids, payloads = min(found, key=lambda way: sum(map(len, way[1])))
         self.offset = self._decoded = None
         if 8 * sum(map(len, payloads)) <= FEW_BITS + FEW_BITS_PER_PIXEL * self.width * self.height:
@@ -333,7 +337,9 @@ class PictureEncoder:
         optional = (self.offset, self.flat, self.alpha, picture.icc, picture.exif, picture.xmp)
         return container.pack(Container(header, checksum, tuple(payloads), *optional))
 
-    def _coded(self, row: int, rate_weight: float, blank: bool, stages: Stages) -> tuple[list[Grid], list[bytes]]:
+    def _coded(
+        self, row: int, rate_weight: float, blank: bool, stages: Stages, last: bool
+    ) -> tuple[list[Grid], list[bytes]]:
         """All grids and their payloads. blank: in coarse grids, too, null will do for what nobody sees."""
         codec, model, number = self.codec, self.codec.model, _number(row, self.codec.device)
         payloads: list[bytes] = []
@@ -347,6 +353,8 @@ class PictureEncoder:
 
                 halo, told = model.config.halo(k, "latents"), stages.next(LATENTS if k else 0)
                 (z,) = codec.tiled(latent, halo, self.cells, self._pixels, self._features[k], context, progress=told)
+                if last:
+                    self._features[k] = None
                 if k == finest:
                     if not self.visual:  # whose weights do as much
                         rate_weights = rate_weights * self._rate_share(z)
@@ -392,9 +400,12 @@ class PictureEncoder:
         self.offset = max(ways, key=lambda shift: psnr(picture.pixels, ways[shift], picture.alpha))
         self._decoded = ways[self.offset]
 
+    def _analysed(self, row: int) -> bool:
+        return row == self._row and all(features is not None for features in self._features)
+
     def _analyse(self, row: int, progress: Progress | None) -> None:
         """The networks' work on a level, unless it is at hand."""
-        if row == self._row:
+        if self._analysed(row):
             return
         codec, model = self.codec, self.codec.model
         self._features, self._row = [], row

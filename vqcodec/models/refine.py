@@ -87,4 +87,5 @@ def _gradients(
         if eye is None:
             return gradient, None
         distance = WORTH * x[0].numel() * eye(x.float() / 255, drawn.image).sum()
-        return gradient, *torch.autograd.grad(distance, codes)
+        (seen,) = torch.autograd.grad(distance, codes)
+    return gradient, seen
