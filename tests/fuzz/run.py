@@ -26,7 +26,8 @@ def fuzz(target: str, options: list[str]) -> None:
     import atheris
 
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-    import bitstream.kernels  # noqa: F401  # not instrumented: numba would not compile that
+    import bitstream.kernels  # not instrumented: numba would not compile that
+    import vqcodec.compiled  # noqa: F401  # nor that
 
     with atheris.instrument_imports(include=["bitstream"]):
         import bitstream.container
