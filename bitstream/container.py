@@ -299,8 +299,10 @@ class Container:
             found = "no alpha plane" if self.alpha is None else "an alpha plane"
             raise ValueError(f"colour mode is {self.header.colour.name}, but there is {found}")
         planes = 1 if self.header.colour.one_plane else 3
-        if self.offset is not None and (len(self.offset) != planes or not any(self.offset)):
-            raise ValueError(f"the offset is not {planes} bytes, one of them not 0 ({len(self.offset)} bytes)")
+        if self.offset is not None and len(self.offset) != planes:
+            raise ValueError(f"the offset has {len(self.offset)} bytes, the picture {planes} coded planes")
+        if self.offset is not None and not any(self.offset):
+            raise ValueError("the offset is 0 in every plane, which needs no chunk")
 
 
 def pack(container: Container) -> bytes:
