@@ -31,7 +31,8 @@ def pictures() -> dict[str, tuple[Picture, float]]:
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     margin = pixels[:40, :48].copy()
     margin[8:] = 255
-    faint = np.random.default_rng(0).normal((217, 162, 130), 1.5, (40, 48, 3)).astype(np.uint8)
+    down = np.linspace(0, 60, 40)[:, None, None]
+    faint = np.random.default_rng(0).normal((157, 102, 70) + down, 1.5, (40, 48, 3)).astype(np.uint8)
     beside = np.repeat(faint[..., 1:2], 3, axis=2)
     beside[:24] = 160
     metadata = b"an ICC profile", b"MM\0*\0\0\0\x08\0\0", b"<x:xmpmeta/>"

@@ -26,8 +26,9 @@ def codec() -> Codec:
 
 
 def faint(seed: int = 0, height: int = 40, width: int = 48) -> Bytes:
-    rng = np.random.default_rng(seed)
-    return rng.normal(rng.integers(0, 256, 3), 1.5, (height, width, 3)).clip(0, 255).astype(np.uint8)
+    """Faint noise on a slope, of which its mean colour alone would not be enough."""
+    rng, down = np.random.default_rng(seed), np.linspace(-40, 40, height)[:, None, None]
+    return rng.normal(rng.integers(0, 256, 3) + down, 1.5, (height, width, 3)).clip(0, 255).astype(np.uint8)
 
 
 def added(pixels: Bytes, *numbers: int) -> NDArray[np.int64]:
@@ -97,7 +98,7 @@ def test_pictures_of_few_bits_come_back_nearer_and_as_the_encoder_says(
             alpha[:16] = 9
             pixels[16:] = 255 - pixels[16:]
         elif kind == "dark":
-            pixels = np.maximum(pixels, 70) - 70
+            pixels = np.maximum(pixels, 200) - 200
         encoder = PictureEncoder(codec, Picture(pixels, colour, alpha), tune=tune)
         for quality in (1, 2):
             data = encoder.encode(quality)
