@@ -555,6 +555,9 @@ def test_models_of_one_or_three_grids_code_at_every_effort(
     "fields",
     [
         {"blocks": 10**7},
+        {"blocks": [1, 10**7, 1]},
+        {"blocks": [1, 1]},
+        {"blocks": [1, 1, "1"]},
         {"encoder_blocks": 10**7},
         {"encoder_blocks": 3},
         {"encoder_blocks": -1},
@@ -571,6 +574,20 @@ def test_networks_that_do_not_fit_their_weights_are_refused(fields: dict[str, An
     save_file(tensors, path, {**metadata, "config": json.dumps(config)})
     with pytest.raises(WeightsError, match=str(path)):
         load_weights(path)
+
+
+def test_stages_may_differ_in_blocks(tmp_path: Path) -> None:
+    small = load_weights(WEIGHTS)
+    model = VQVAE(replace(small.config, blocks=(2, 0, 0)))
+    for k in (0, 1):
+        for part in ("features", "decoder"):
+            assert model.config.halo(k, part) < VQVAE(replace(small.config, blocks=2)).config.halo(k, part)
+    save_weights(model, tmp_path / "w")
+    loaded = load_weights(tmp_path / "w")
+    assert loaded.config == model.config
+    assert [[len(stage.blocks) for stage in part] for part in (loaded.analysis, loaded.synthesis)] == [[2, 0, 0]] * 2
+    image, codec = Image.open(PHOTO).resize((56, 40)), Codec(loaded, "cpu")
+    assert codec.decode(codec.encode(image, 2)).size == image.size
 
 
 def test_an_encoder_may_have_blocks_of_its_own() -> None:

@@ -23,6 +23,7 @@ from vqcodec.training import trainer
 from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
 from vqcodec.training.trainer import (
+    BLOCK_RATE,
     Average,
     Measured,
     Run,
@@ -35,6 +36,7 @@ from vqcodec.training.trainer import (
     optimizers,
     rate_weight,
     train,
+    without_denormals,
 )
 from vqcodec.weights import load_weights, to_file
 
@@ -313,6 +315,23 @@ def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.Monkey
 def test_a_crop_of_half_cells_is_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiple of 16"):
         train(run(images, tmp_path / "r", crop=40), quiet)
+
+
+def test_residual_blocks_learn_more_slowly() -> None:
+    """At the full rate most of their units come to rest, and then get no gradients any more."""
+    model = VQVAE(TINY)
+    rates = {
+        id(p): group["lr"] for o in optimizers(model, "joint") for group in o.param_groups for p in group["params"]
+    }
+    block, down = model.analysis[0].blocks[0], model.down[0]
+    assert rates[id(block.a.weight)] == rates[id(block.b.weight)] == BLOCK_RATE * rates[id(down.weight)]
+
+
+def test_training_flushes_denormals_and_the_caller_does_not() -> None:
+    tiny = torch.full((1,), 1e-38)
+    with without_denormals():
+        assert (tiny * 0.5).item() == 0
+    assert (tiny * 0.5).item() > 0
 
 
 def test_muon_makes_updates_nearly_orthogonal() -> None:

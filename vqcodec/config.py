@@ -52,13 +52,18 @@ class GridConfig:
     escape: bool = False
 
 
+def _each(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * count
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model.
 
     lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
     rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
-    blocks: residual blocks per stage of either, encoder_blocks: of the encoder if that has others. grids: coarsest
+    blocks: residual blocks of each stage of either, or one number for all; encoder_blocks: of the encoder if that has
+    others. grids: coarsest
     first. linear_path: a linear transform of pixel blocks runs beside the networks. codebook: how code vectors are
     learned. banks: 2 if there is a row of gains and biases for each level of each tune, those for
     squared error first, then those for the eye; 1 if both tunes share them.
@@ -67,18 +72,18 @@ class ModelConfig:
     name: str
     lambdas: tuple[float, ...]
     channels: tuple[int, ...]
-    blocks: int
+    blocks: int | tuple[int, ...]
     grids: tuple[GridConfig, ...]
     linear_path: bool = False
     codebook: Learning = "ema"
     banks: int = 1
-    encoder_blocks: int | None = None
+    encoder_blocks: int | tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
         """The inverse of ``dataclasses.asdict``, also after JSON. KeyError or TypeError for other fields."""
         grids = tuple(GridConfig(**{**grid, "prior": PriorConfig(**grid["prior"])}) for grid in fields["grids"])
-        tuples = {key: tuple(fields[key]) for key in ("lambdas", "channels")}
+        tuples = {key: tuple(x) for key, x in fields.items() if isinstance(x, list) and key != "grids"}
         return cls(**{**fields, **tuples, "grids": grids})
 
     @property
@@ -91,8 +96,14 @@ class ModelConfig:
         return self.levels * self.banks
 
     @property
-    def analysis_blocks(self) -> int:
-        return self.encoder_blocks or self.blocks
+    def synthesis_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of the decoder's stages, finest first."""
+        return _each(self.blocks, len(self.channels))
+
+    @property
+    def analysis_blocks(self) -> tuple[int, ...]:
+        """Of the encoder's."""
+        return _each(self.encoder_blocks or self.blocks, len(self.channels))
 
     @property
     def stride(self) -> int:
@@ -119,10 +130,10 @@ class ModelConfig:
         if part == "latents":
             return self._whole(2 * self.grids[k].stride if k else 0)
         stride, coarsest = STEM if k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride, self.grids[k].stride
-        blocks = self.analysis_blocks if part == "features" else self.blocks
+        blocks = self.analysis_blocks if part == "features" else self.synthesis_blocks
         reach = 0
         while stride <= coarsest:
-            reach += stride * (2 * blocks + 1)  # of the blocks, and one convolution before or after
+            reach += stride * (2 * blocks[(stride // STEM).bit_length() - 1] + 1)  # and a convolution before or after
             stride *= 2
         return self._whole(reach)
 

@@ -118,14 +118,16 @@ class VQVAE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        levels, blocks, widths = config.rows, config.blocks, config.channels
+        levels, widths = config.rows, config.channels
         strides = [STEM * 2**k for k in range(len(widths))]
         if strides[-1] != config.stride:
             raise ValueError(f"{config.name}: stages of stride {strides}, coarsest grid of stride {config.stride}")
         self.strides = strides
         self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1))
         self.down = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
-        self.analysis: Modules[Stage] = Modules(Stage(c, config.analysis_blocks, levels) for c in widths)
+        self.analysis: Modules[Stage] = Modules(
+            Stage(c, n, levels) for c, n in zip(widths, config.analysis_blocks, strict=True)
+        )
 
         self.latents: Modules[Latent] = Modules()
         self.merge = nn.ModuleList()
@@ -133,15 +135,19 @@ class VQVAE(nn.Module):
         self.priors: Modules[PixelSNAIL] = Modules()
         self.join = nn.ModuleDict()
         for k, grid in enumerate(config.grids):
-            c, width = widths[strides.index(grid.stride)], grid.groups * grid.dim
+            stage, width = strides.index(grid.stride), grid.groups * grid.dim
+            c = widths[stage]
             self.latents.append(Latent(c, width, config.lambdas * config.banks))
-            self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), ResBlock(c)) if k else nn.Identity())
+            blocks = [ResBlock(c)] if config.analysis_blocks[stage] else []
+            self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), *blocks) if k else nn.Identity())
             self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, grid.escape, config.codebook))
             above = config.grids[k - 1].groups * config.grids[k - 1].dim if k else 0
             outcomes = self.codebooks[k].outcomes
             self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, outcomes, above, levels))
             self.join[str(grid.stride)] = nn.Conv2d(width + (c if k else 0), c, 3, padding=1)
-        self.synthesis: Modules[Stage] = Modules(Stage(c, blocks, levels) for c in widths)
+        self.synthesis: Modules[Stage] = Modules(
+            Stage(c, n, levels) for c, n in zip(widths, config.synthesis_blocks, strict=True)
+        )
         self.up: Modules[nn.Sequential] = Modules(
             nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:], strict=False)
         )

@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bitstream.errors import UsageError, WeightsError
 from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig
 from vqcodec.models.refine import refined_latents
-from vqcodec.models.vqvae import VQVAE, Fit, Output
+from vqcodec.models.vqvae import VQVAE, Fit, Output, ResBlock
 from vqcodec.smooth import rate_share
 from vqcodec.ssimulacra2 import WORTH, Ssimulacra2
 from vqcodec.training.data import Cache, Crops
@@ -55,6 +55,7 @@ from vqcodec.weights import load_weights, save_weights
 Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
+BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``
 FINISH_RATE = 0.3  # factor on both in the stage ``finish``
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
@@ -153,7 +154,7 @@ def with_two_banks(model: VQVAE) -> VQVAE:
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
-    hidden: dict[int, list[Tensor]] = {}
+    hidden: dict[tuple[int, float], list[Tensor]] = {}
     rest: list[Tensor] = []
     books: list[Tensor] = []
     edges = {id(p) for part in (model.stem, model.tail) for p in part.parameters()}
@@ -163,6 +164,7 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         for prior in model.priors
         for layer in (prior.flag_hidden, prior.hidden, prior.out)
     }
+    blocks = {id(p) for part in model.modules() if isinstance(part, ResBlock) for p in part.parameters()}
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and learns(name, model, stage))
         if not p.requires_grad:
@@ -171,9 +173,10 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         if stage == "finish" and name.startswith("codebooks."):
             books.append(p)
         else:
-            (hidden.setdefault(parts.get(id(p), 1), []) if matrix else rest).append(p)
+            rate = BLOCK_RATE if id(p) in blocks else 1.0
+            (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
     factor = FINISH_RATE if stage == "finish" else 1.0
-    matrices = [{"params": params, "parts": n} for n, params in hidden.items()]
+    matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
     adam = torch.optim.Adam(rest, VISUAL_RATE if stage == "visual" else factor * ADAM_RATE, betas=(0.9, 0.99))
     if books:
         adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
@@ -235,6 +238,16 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def without_denormals() -> Iterator[None]:
+    """Momenta of weights that get no gradients any more decay to denormals, which make Muon five times as slow."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def seed_everything(seed: int) -> None:
@@ -397,7 +410,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         raise ValueError("a run needs either steps or hours")
     if run.crop % run.config.stride:
         raise UsageError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
-    with processes() as (rank, size, device):
+    with without_denormals(), processes() as (rank, size, device):
         seed_everything(run.seed)
         model = prepared(run, device)
         state = State(run, model)
