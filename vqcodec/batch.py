@@ -299,9 +299,13 @@ class LocalPool:
         _codec = self._codec if forks else None
         initial = self._weights, self._codec.device.type
         self._processes = ProcessPoolExecutor(self._workers, context, _begin, initial)
-        with _undisturbed():
-            started = self._processes.submit(int)
-        started.result()  # all are started
+        try:
+            with _undisturbed():
+                started = self._processes.submit(int)
+            started.result()  # all are started
+        except BaseException:
+            self.close(now=True)  # nobody else knows of them yet
+            raise
 
     def submit(self, work: Work, data: bytes) -> Future[Result]:
         with _undisturbed():  # some versions of Python start workers one by one

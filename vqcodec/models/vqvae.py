@@ -138,8 +138,9 @@ class VQVAE(nn.Module):
             stage, width = strides.index(grid.stride), grid.groups * grid.dim
             c = widths[stage]
             self.latents.append(Latent(c, width, config.lambdas * config.banks))
-            blocks = [ResBlock(c)] if config.analysis_blocks[stage] else []
-            self.merge.append(nn.Sequential(nn.Conv2d(2 * c, c, 1), *blocks) if k else nn.Identity())
+            count = min(1, config.analysis_blocks[stage])
+            merge = nn.Sequential(nn.Conv2d(2 * c, c, 1), *(ResBlock(c) for _ in range(count))) if k else nn.Identity()
+            self.merge.append(merge)
             self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, grid.escape, config.codebook))
             above = config.grids[k - 1].groups * config.grids[k - 1].dim if k else 0
             outcomes = self.codebooks[k].outcomes
