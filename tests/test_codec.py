@@ -558,10 +558,9 @@ def test_models_of_one_or_three_grids_code_at_every_effort(
         {"blocks": [1, 10**7, 1]},
         {"blocks": [1, 1]},
         {"blocks": [1, 1, "1"]},
-        {"encoder_blocks": 10**7},
-        {"encoder_blocks": 3},
-        {"encoder_blocks": -1},
-        {"encoder_blocks": "2"},
+        {"blocks": 3},
+        {"blocks": -1},
+        {"blocks": "2"},
         {"channels": [10**6, 24, 24]},
     ],
     ids=str,
@@ -588,16 +587,3 @@ def test_stages_may_differ_in_blocks(tmp_path: Path) -> None:
     assert [[len(stage.blocks) for stage in part] for part in (loaded.analysis, loaded.synthesis)] == [[2, 0, 0]] * 2
     image, codec = Image.open(PHOTO).resize((56, 40)), Codec(loaded, "cpu")
     assert codec.decode(codec.encode(image, 2)).size == image.size
-
-
-def test_an_encoder_may_have_blocks_of_its_own() -> None:
-    small = load_weights(WEIGHTS)
-    large = VQVAE(replace(small.config, encoder_blocks=small.config.blocks + 1))
-    assert large.config.halo(1, "features") > small.config.halo(1, "features")
-    assert large.config.halo(1, "decoder") == small.config.halo(1, "decoder")
-    state = {name: torch.zeros_like(x) for name, x in large.state_dict().items()}  # blocks of zeros add nothing
-    large.load_state_dict({**state, **small.state_dict()})
-    x, level = torch.rand(1, 3, 64, 48), torch.tensor([1])
-    with torch.no_grad():
-        for one, other in zip(small.analyse(x, level), large.eval().analyse(x, level), strict=True):
-            assert torch.equal(one, other)

@@ -15,7 +15,7 @@ DEFAULT_TUNE: Tune = "psnr"
 # Quality levels 1..8: from about 0.07 to 1.2 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
 LAMBDAS = (0.0007, 0.00135, 0.00261, 0.00504, 0.00973, 0.0188, 0.0363, 0.07)
 BEST_QUALITY = len(LAMBDAS)
-EFFORTS = (0, 2, 4, 8)  # efforts 0..3: gradient steps of the latents towards what the very image needs
+EFFORTS = (0, 3, 5, 8)  # efforts 0..3: gradient steps of the latents towards what the very image needs
 
 # Pixels around a tile that the fit looks at. On 8 validation crops in tiles of 256 pixels 32 cost as much as 64 do, to
 # 0.01 % of the bits, 16 cost 0.05 % and 0 cost 2 to 12 %.
@@ -52,21 +52,16 @@ class GridConfig:
     escape: bool = False
 
 
-def _each(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,) * count
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """A model.
 
     lambdas: one per quality level, weight of the squared error (0..255) against bits per pixel; one level without
     rate, (0.0,), is the plain VQ-VAE. channels: width of the stages of encoder and decoder, strides 4, 8, 16, ...;
-    blocks: residual blocks of each stage of either, or one number for all; encoder_blocks: of the encoder if that has
-    others. grids: coarsest
-    first. linear_path: a linear transform of pixel blocks runs beside the networks. codebook: how code vectors are
-    learned. banks: 2 if there is a row of gains and biases for each level of each tune, those for
-    squared error first, then those for the eye; 1 if both tunes share them.
+    blocks: residual blocks of each stage of either, or one number for all. grids: coarsest first. linear_path: a linear
+    transform of pixel blocks runs beside the networks. codebook: how code vectors are learned. banks: 2 if there is a
+    row of gains and biases for each level of each tune, those for squared error first, then those for the eye; 1 if
+    both tunes share them.
     """
 
     name: str
@@ -77,7 +72,6 @@ class ModelConfig:
     linear_path: bool = False
     codebook: Learning = "ema"
     banks: int = 1
-    encoder_blocks: int | tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
@@ -96,14 +90,9 @@ class ModelConfig:
         return self.levels * self.banks
 
     @property
-    def synthesis_blocks(self) -> tuple[int, ...]:
-        """Residual blocks of the decoder's stages, finest first."""
-        return _each(self.blocks, len(self.channels))
-
-    @property
-    def analysis_blocks(self) -> tuple[int, ...]:
-        """Of the encoder's."""
-        return _each(self.encoder_blocks or self.blocks, len(self.channels))
+    def stage_blocks(self) -> tuple[int, ...]:
+        """Residual blocks of each stage, finest first."""
+        return self.blocks if isinstance(self.blocks, tuple) else (self.blocks,) * len(self.channels)
 
     @property
     def stride(self) -> int:
@@ -128,14 +117,16 @@ class ModelConfig:
         if part == "fit":
             return self._whole(FIT_HALO)
         if part == "latents":
-            return self._whole(2 * self.grids[k].stride if k else 0)
+            return self._whole(2 * self.grids[k].stride * min(1, self._blocks(self.grids[k].stride)) if k else 0)
         stride, coarsest = STEM if k + 1 == len(self.grids) else 2 * self.grids[k + 1].stride, self.grids[k].stride
-        blocks = self.analysis_blocks if part == "features" else self.synthesis_blocks
         reach = 0
         while stride <= coarsest:
-            reach += stride * (2 * blocks[(stride // STEM).bit_length() - 1] + 1)  # and a convolution before or after
+            reach += stride * (2 * self._blocks(stride) + 1)  # and a convolution before or after
             stride *= 2
         return self._whole(reach)
+
+    def _blocks(self, stride: int) -> int:
+        return self.stage_blocks[(stride // STEM).bit_length() - 1]
 
     def _whole(self, reach: int) -> int:
         return -(-reach // self.stride) * self.stride
@@ -145,7 +136,7 @@ PRODUCT = ModelConfig(
     name="vqcodec",
     lambdas=LAMBDAS,
     channels=(96, 160, 160),
-    blocks=2,
+    blocks=(2, 0, 0),
     grids=(
         GridConfig(16, 8, 2, codes=255, prior=PriorConfig(128, blocks=4, flags=16, hidden=64, heads=4), escape=True),
         GridConfig(8, 48, 2, codes=127, prior=PriorConfig(128, blocks=3, flags=16, hidden=48), escape=True),

@@ -126,7 +126,7 @@ class VQVAE(nn.Module):
         self.stem = nn.Sequential(nn.PixelUnshuffle(STEM), nn.Conv2d(3 * STEM**2, widths[0], 3, padding=1))
         self.down = nn.ModuleList(Downsample(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.analysis: Modules[Stage] = Modules(
-            Stage(c, n, levels) for c, n in zip(widths, config.analysis_blocks, strict=True)
+            Stage(c, n, levels) for c, n in zip(widths, config.stage_blocks, strict=True)
         )
 
         self.latents: Modules[Latent] = Modules()
@@ -138,7 +138,7 @@ class VQVAE(nn.Module):
             stage, width = strides.index(grid.stride), grid.groups * grid.dim
             c = widths[stage]
             self.latents.append(Latent(c, width, config.lambdas * config.banks))
-            count = min(1, config.analysis_blocks[stage])
+            count = min(1, config.stage_blocks[stage])
             merge = nn.Sequential(nn.Conv2d(2 * c, c, 1), *(ResBlock(c) for _ in range(count))) if k else nn.Identity()
             self.merge.append(merge)
             self.codebooks.append(Codebook(grid.groups, grid.codes, grid.dim, levels, grid.escape, config.codebook))
@@ -147,7 +147,7 @@ class VQVAE(nn.Module):
             self.priors.append(PixelSNAIL(grid.prior, grid.groups, grid.dim, outcomes, above, levels))
             self.join[str(grid.stride)] = nn.Conv2d(width + (c if k else 0), c, 3, padding=1)
         self.synthesis: Modules[Stage] = Modules(
-            Stage(c, n, levels) for c, n in zip(widths, config.synthesis_blocks, strict=True)
+            Stage(c, n, levels) for c, n in zip(widths, config.stage_blocks, strict=True)
         )
         self.up: Modules[nn.Sequential] = Modules(
             nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:], strict=False)

@@ -68,7 +68,7 @@ LATE = 0.75  # from here on crops are LARGER times as large
 LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
-VISUAL_SHARE = 0.8  # of the distance by SSIMULACRA 2, the rest is squared error
+VISUAL_SHARE = 0.6  # of the distance by SSIMULACRA 2, the rest is squared error
 EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
 

@@ -124,8 +124,8 @@ def load(path: Path = SHIPPED) -> tuple[VQVAE, Weights]:
 
 def _check(fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raise ValueError where the networks would be larger than the file, or have numbers that are none."""
-    blocks = fields["blocks"], fields.get("encoder_blocks") or 0
-    sizes = [*fields["channels"], *(n for x in blocks for n in (x if isinstance(x, list) else [x]))]
+    blocks = fields["blocks"] if isinstance(fields["blocks"], list) else [fields["blocks"]]
+    sizes = [*fields["channels"], *blocks]
     most = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
     if not all(type(size) is int and 0 <= size <= max(most, len(tensors)) for size in sizes) or len(sizes) > len(
         tensors
