@@ -136,3 +136,13 @@ def test_faint_noise_keeps_its_colour(codec: Codec, effort: int) -> None:
         pixels = rng.normal(colour(rng), deviation, (96, 80, 3)).clip(0, 255).astype(np.uint8)
         encoder = PictureEncoder(codec, from_array(pixels), effort)
         assert max(bias(encoder, quality) for quality in range(1, 9)) < 1
+
+
+@pytest.mark.parametrize("quality", [1, 3, 5, 8])
+def test_a_picture_of_one_colour_takes_few_bytes(codec: Codec, quality: int) -> None:
+    """Whatever the model is used to see there: nobody sees what the grids say."""
+    for tint in ((237, 28, 36), (255, 204, 0), (255, 255, 255)):
+        pixels = np.full((384, 512, 3), tint, np.uint8)
+        data = codec.encode(pixels, quality)
+        assert len(data) < 320
+        assert (np.asarray(codec.decode(data)) == pixels).all()

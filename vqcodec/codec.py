@@ -49,6 +49,7 @@ from vqcodec.weights import as_coded, load
 ANALYSIS, LATENTS, FIT_STEP, CONTEXT, COARSE_WALK, WALK = 3, 1, 6, 1, 1, 4
 INDICES, PIXELS = 3, 2
 
+UNSEEN = 30.0  # rate weight of cells that nobody sees: what is likely will do, null or not
 MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another way to code them gains nothing
 # Bits of a file, and then for each pixel, up to which its picture is drawn to find its offset. That takes a tenth to a
 # half of the time of encoding. More bits, as photographs take from quality 3 on, leave little to find.
@@ -296,7 +297,7 @@ class PictureEncoder:
         planes = 1 if self.colour.one_plane else 3
         self.flat = flat.find(picture.pixels[..., :planes])
         self.offset: bytes | None = None  # of the last file
-        self.unseen: NDArray[np.bool_] | None = None  # cells of the finest grid: null will do
+        self.unseen: NDArray[np.bool_] | None = None  # cells of the finest grid, see UNSEEN
         if self.flat is not None and codec.model.config.grids[-1].stride == flat.BLOCK:
             deep = flat.deep(self.flat, *self.size, planes)
             rows, columns = codec.indices.weights.shape(len(codec.model.config.grids) - 1, *self.size)
@@ -349,7 +350,7 @@ class PictureEncoder:
     def _coded(
         self, row: int, rate_weight: float, blank: bool, stages: Stages, last: bool
     ) -> tuple[list[Grid], list[bytes]]:
-        """All grids and their payloads. blank: in coarse grids, too, null will do for what nobody sees."""
+        """All grids and their payloads. blank: in coarse grids, too, what is likely will do where nobody sees it."""
         codec, model, number = self.codec, self.codec.model, _number(row, self.codec.device)
         payloads: list[bytes] = []
         self.grids, context, finest = [], None, len(model.codebooks) - 1
@@ -371,11 +372,12 @@ class PictureEncoder:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
+                weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
                 if self.unseen is not None and (blank or k == finest):
                     rows, columns, _ = latents.shape
                     unseen = self.unseen.reshape(rows, -1, columns, self.unseen.shape[1] // columns).all((1, 3))
                     latents = np.where(np.expand_dims(unseen, 2), np.float32(0), latents)
-                weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
+                    weights = np.where(unseen, np.float32(UNSEEN), weights)
                 told = stages.next(WALK if k == finest else COARSE_WALK)
                 grid, payload = codec.indices.encode(row, self.size, self.grids, latents, weights, told)
                 self.grids.append(grid)
