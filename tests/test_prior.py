@@ -80,8 +80,8 @@ def tables(k: int, grids: list[Grid], level: int) -> tuple[NDArray[Any], NDArray
     book, prior = MODEL.codebooks[k], MODEL.priors[k]
     flat = index[0].flatten(1)
     seen = book.activations(book.lookup(flat), 1, *index.shape[2:])
-    flags, known = prior(seen, levels, condition)
-    logits = prior.logits(known, levels, rows_of(torch.ones_like(flat, dtype=torch.bool)))
+    flags, units = prior(seen, levels, condition)
+    logits = prior.logits(units, rows_of(torch.ones_like(flat, dtype=torch.bool)))
     both = torch.stack([torch.zeros_like(flags), flags], -1)
     return frequencies(both).numpy(), frequencies(logits).unflatten(0, flat.shape).numpy()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitstream.exact import ESCAPE_SIDE, ESCAPE_STEP
 from vqcodec.config import PriorConfig
 from vqcodec.models import pixelsnail
-from vqcodec.models.pixelsnail import PixelSNAIL, grouped, per_row, rows_of
+from vqcodec.models.pixelsnail import PixelSNAIL, Units, grouped, per_row, rows_of
 from vqcodec.models.quantizer import Choice, Codebook, code_length, flag_bits, put
 
 GROUPS, CODES, CELLS = 3, 8, 60
@@ -160,11 +160,11 @@ def test_only_asked_rows_are_computed_and_they_are_those_of_all() -> None:
     prior = PixelSNAIL(PriorConfig(16, 1, flags=4, hidden=8), GROUPS, 2, CODES, 0, 2).eval()
     codes = torch.randint(-5, 6, (2, 5, 6, GROUPS * 2)) / 32
     level = torch.tensor([0, 1])
-    _, known = prior(codes, level)
+    _, units = prior(codes, level)
     everywhere = rows_of(torch.ones(GROUPS, CELLS, dtype=torch.bool))
     mask = torch.rand(GROUPS, CELLS) < 0.3
     some = rows_of(mask)
-    assert torch.equal(prior.logits(known, level, some), prior.logits(known, level, everywhere)[some.place])
+    assert torch.equal(prior.logits(units, some), prior.logits(units, everywhere)[some.place])
 
 
 def test_fused_logits_and_their_gradients_are_those_of_separate_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,8 @@ def test_fused_logits_and_their_gradients_are_those_of_separate_steps(monkeypatc
     for fused in (True, False):
         monkeypatch.setattr(pixelsnail.dyadic, "fused", lambda sums, fused=fused: fused)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = prior.logits(known, torch.tensor([0, 1]), rows)
+            units = Units(*prior.hidden.sums(known, torch.tensor([0, 1])))
+            logits = prior.logits(units, rows)
         gradients = torch.autograd.grad(logits.square().sum(), (prior.hidden.weight, prior.hidden.bias))
         found.append((logits.float(), *gradients))
     for fused_part, plain in zip(*found, strict=True):

@@ -140,6 +140,25 @@ def test_the_score_is_that_of_the_program(name: str, distance: Ssimulacra2) -> N
     assert found == pytest.approx(RECORDED[name], abs=0.07 if found < 85 else 0.25)
 
 
+@pytest.mark.parametrize("side", [1, 3, 4, 5, 9, 40])
+def test_the_compiled_filter_and_its_gradient_are_those_of_the_convolution(side: int) -> None:
+    torch.manual_seed(side)
+    x, towards = torch.randn(2, 3, side, 17), torch.randn(2, 3, side, 17)
+    found = []
+    for dtype in (torch.float32, torch.float64):  # compiled and not
+        given = x.to(dtype).requires_grad_()
+        blurred = Ssimulacra2().to(dtype).blur(given)
+        found.append((blurred, *torch.autograd.grad(blurred, given, towards.to(dtype))))
+    for compiled, convolved in zip(*found, strict=True):
+        assert torch.allclose(compiled.double(), convolved, atol=1e-6)
+
+
+def test_a_prepared_original_gives_the_same() -> None:
+    torch.manual_seed(0)
+    original, decoded, judge = torch.rand(2, 3, 70, 90), torch.rand(2, 3, 70, 90), Ssimulacra2()
+    assert torch.equal(judge(judge.planes(original), decoded), judge(original, decoded))
+
+
 @pytest.mark.skipif(not shutil.which("ssimulacra2"), reason="libjxl's program ssimulacra2 is not installed")
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_program_gives_the_recorded_scores(name: str) -> None:

@@ -404,8 +404,8 @@ def test_the_product_stays_within_its_budget() -> None:
                     stack, coarser = model.priors[k].condition, PRODUCT.grids[k - 1]
                     assert stack is not None
                     condition = stack(torch.zeros(1, shape[1] // 2, shape[2] // 2, coarser.groups * coarser.dim), level)
-                flags, known = model.priors[k](torch.zeros(*shape, grid.groups * grid.dim), level, condition)
-                model.priors[k].logits(known, level, rows_of(torch.rand(flags.shape) < share))
+                flags, units = model.priors[k](torch.zeros(*shape, grid.groups * grid.dim), level, condition)
+                model.priors[k].logits(units, rows_of(torch.rand(flags.shape) < share))
                 # Here all hidden units are computed at once; the walk computes those of the rows.
                 dense += (1 - share) * model.priors[k].hidden.weight.numel() / grid.stride**2
         counts["prior"] = counter.get_total_flops() / 2 / 256**2 - dense

@@ -547,7 +547,8 @@ def _decode_pixels(
             indices, context = parts[: len(grids)], parts[len(grids) :]
             above = context[0] if context else None
             if k + 1 == len(config.grids):
-                return [model.draw(model.codes(k, indices), above, level).pixels]
+                base = None if above is None else model.base(k, above)
+                return [model.draw(model.codes(k, indices), base, level).pixels]
             return [_context(model, k, indices, above, level)]
 
         return TiledNetwork(decode, grids, config.halo(k, "decoder"))

@@ -479,3 +479,32 @@ def lookup(index, vectors, out):  # type: ignore[no-untyped-def]
                     for j in range(dim - 1, -1, -1):
                         out[p, g, j] = _STEP * (np.float32(number % ESCAPE_SIDE) - _HALF) if k >= 0 else _ZERO
                         number //= ESCAPE_SIDE
+
+
+@_kernel("f4[:,:,::1], f4[::1], f4[::1], f4[:,:,::1]")
+def blur(planes, taps, row, out):  # type: ignore[no-untyped-def]
+    """out (n, H, W) float32: planes under an even filter along rows and columns, taps (r,) from its middle
+    outwards; beyond them is zero. row: (2 r - 2 + W,) zeros, used as scratch."""
+    n, height, width = planes.shape
+    reach = len(taps) - 1
+    middle = row[reach : reach + width]
+    for p in range(n):
+        for i in range(height):
+            source, target = planes[p, i], out[p, i]
+            for j in range(width):
+                middle[j] = taps[0] * source[j]
+            for k in range(1, reach + 1):
+                if k <= i and i + k < height:
+                    above, below = planes[p, i - k], planes[p, i + k]
+                    for j in range(width):
+                        middle[j] += taps[k] * (above[j] + below[j])
+                elif k <= i or i + k < height:
+                    source = planes[p, i - k if k <= i else i + k]
+                    for j in range(width):
+                        middle[j] += taps[k] * source[j]
+            for j in range(width):
+                target[j] = taps[0] * middle[j]
+            for k in range(1, reach + 1):
+                left, right = row[reach - k : reach - k + width], row[reach + k : reach + k + width]
+                for j in range(width):
+                    target[j] += taps[k] * (left[j] + right[j])

@@ -30,9 +30,14 @@ is computed from blurred *differences*, which is the same by algebra, needs a bl
 Source: tools/ssimulacra2.cc and tools/gauss_blur.cc of https://github.com/libjxl/libjxl, v0.11.2.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vqcodec import compiled
 
 SCALES = 6
 MIN_SIDE = 8
@@ -71,6 +76,15 @@ WORTH = 9.3e-5  # of a distance in mean squared error, see above
 TINY = 1e-24  # keeps the slope of the fourth root finite at zero, and adds less than 1e-6 to a norm
 
 
+class Planes(NamedTuple):
+    """Of an original at one scale, (B, C, H, W) each: those of its channels that count, their local means, and how far
+    they are from these."""
+
+    values: Tensor
+    mean: Tensor
+    edge: Tensor
+
+
 class Ssimulacra2(nn.Module):
     """The distance of decoded pictures from the originals, differentiable in both.
 
@@ -87,53 +101,83 @@ class Ssimulacra2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name, numbers in (("weights", WEIGHTS), ("taps", TAPS[:0:-1] + TAPS)):
+        for name, numbers in (("weights", WEIGHTS), ("taps", TAPS)):
             values = torch.tensor(numbers, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, original: Tensor, decoded: Tensor) -> Tensor:
-        if original.shape != decoded.shape:
-            raise ValueError(f"pictures of different shapes, {tuple(original.shape)} and {tuple(decoded.shape)}")
+    def forward(self, original: Tensor | Sequence[Planes], decoded: Tensor) -> Tensor:
+        """original: may also be what ``planes`` makes of it, which many pictures are to be compared with."""
+        if isinstance(original, Tensor):
+            if original.shape != decoded.shape:
+                raise ValueError(f"pictures of different shapes, {tuple(original.shape)} and {tuple(decoded.shape)}")
+            original = self.planes(original)
+        with torch.autocast(decoded.device.type, enabled=False):
+            total = decoded.new_zeros(len(decoded), dtype=self.weights.dtype)
+            for seen, (rows, x) in zip(original, self._scales(decoded), strict=True):
+                total = total + (self.norms(seen, x) * torch.stack([self.weights[row] for row in rows])).sum((1, 2))
+            return total
+
+    def planes(self, original: Tensor) -> list[Planes]:
+        """What a comparison with pictures (B, 3, H, W) looks at, of each scale that counts. ValueError for too small
+        ones."""
         if min(original.shape[-2:]) < MIN_SIDE:
             raise ValueError(f"a picture of {tuple(original.shape[-2:])} has a side of less than {MIN_SIDE} pixels")
         with torch.autocast(original.device.type, enabled=False):
-            a, b = (linear_light(x.to(self.weights.dtype).clamp(0, 1)) for x in (original, decoded))
-            scales = scale_count(*original.shape[-2:])
-            total = a.new_zeros(len(a))
-            for scale in range(scales):
-                if scale > 0:
-                    a, b = (F.avg_pool2d(x, 2, ceil_mode=True) for x in (a, b))  # at an odd side, of what is there
-                rows = [slice(start, start + 6) for start in range(6 * scale, 18 * scales, 6 * scales)]
-                channels = [c for c, row in enumerate(rows) if max(WEIGHTS[row]) > NEGLIGIBLE]
-                if channels:
-                    planes = (torch.stack([xyb(x)[c] for c in channels], 1) for x in (a, b))
-                    weights = torch.stack([self.weights[rows[c]] for c in channels])
-                    total = total + (self.norms(*planes) * weights).sum((1, 2))
-            return total
+            return [Planes(x, mean := self.blur(x), (x - mean).abs()) for _, x in self._scales(original)]
 
-    def norms(self, original: Tensor, decoded: Tensor) -> Tensor:
-        """1-norm and 4-norm of the three maps of one scale: (B, C, H, W) twice to (B, C, 2 norms * 3 maps)."""
-        difference = decoded - original
-        energy = original.square() + decoded.square()
-        blurred = self.blur(torch.cat([original, difference, energy, difference.square()], 1))
-        mean, shift, energy, power = blurred.chunk(4, 1)
+    def _scales(self, x: Tensor) -> Iterator[tuple[list[slice], Tensor]]:
+        """Of each scale that counts the weights of its channels and their planes, (B, C, H, W)."""
+        x, count = linear_light(x.to(self.weights.dtype).clamp(0, 1)), scale_count(*x.shape[-2:])
+        for scale in range(count):
+            if scale > 0:
+                x = F.avg_pool2d(x, 2, ceil_mode=True)  # at an odd side, of what is there
+            rows = [slice(start, start + 6) for start in range(6 * scale, 18 * count, 6 * count)]
+            channels = [c for c, row in enumerate(rows) if max(WEIGHTS[row]) > NEGLIGIBLE]
+            if channels:
+                opponent = xyb(x)
+                yield [rows[c] for c in channels], torch.stack([opponent[c] for c in channels], 1)
+
+    def norms(self, original: Planes, decoded: Tensor) -> Tensor:
+        """1-norm and 4-norm of the three maps of one scale: planes (B, C, H, W) to (B, C, 2 norms * 3 maps)."""
+        x, mean, edge = original
+        difference = decoded - x
+        energy = x.square() + decoded.square()
+        shift, energy, power = self.blur(torch.cat([difference, energy, difference.square()], 1)).chunk(3, 1)
         decoded_mean = mean + shift
         # With the variances and the covariance s of SSIM: 1 - (1 - shift^2) (2 s12 + C2) / (s11 + s22 + C2).
         change = (power - shift.square()) / (energy - mean.square() - decoded_mean.square() + C2)
         structure = (shift.square() + (1 - shift.square()) * change).clamp(min=0)
-        edge, decoded_edge = (original - mean).abs(), (decoded - decoded_mean).abs()
-        contrast = (decoded_edge - edge) / (1 + edge)
+        contrast = ((decoded - decoded_mean).abs() - edge) / (1 + edge)
         maps = torch.stack([structure, contrast.clamp(min=0), (-contrast).clamp(min=0)], 2)
         fourth = (maps.square().square().mean((-2, -1)) + TINY) ** 0.25 - TINY**0.25
         return torch.cat([maps.mean((-2, -1)), fourth], 2)
 
     def blur(self, x: Tensor) -> Tensor:
-        """Every plane by itself. Depthwise, because such a convolution is in full precision on a GPU as well."""
-        planes = x.reshape(1, -1, *x.shape[-2:])
-        count, reach = planes.shape[1], len(TAPS) - 1
-        across = self.taps.expand(count, 1, 1, -1)
-        planes = F.conv2d(planes, across, padding=(0, reach), groups=count)
-        return F.conv2d(planes, across.mT, padding=(reach, 0), groups=count).view_as(x)
+        """Every plane by itself."""
+        planes = x.flatten(0, -3)
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return _Blur.apply(planes, self.taps).view_as(x)
+        # Depthwise, because such a convolution is in full precision on a GPU as well.
+        reach = len(TAPS) - 1
+        across = torch.cat([self.taps.flip(0)[:-1], self.taps]).expand(len(planes), 1, 1, -1)
+        planes = F.conv2d(planes[None], across, padding=(0, reach), groups=len(planes))
+        return F.conv2d(planes, across.mT, padding=(reach, 0), groups=planes.shape[1]).view_as(x)
+
+
+class _Blur(torch.autograd.Function):
+    """Planes (n, H, W) under taps from the middle outwards. Such a filter is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(taps)
+        out = planes.new_empty(planes.shape)
+        row = planes.new_zeros(planes.shape[2] + 2 * len(taps) - 2)
+        compiled.blur(*(x.detach().contiguous().numpy() for x in (planes, taps, row)), out.numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Blur.apply(gradient, *ctx.saved_tensors), None
 
 
 def scale_count(height: int, width: int) -> int:

@@ -101,6 +101,13 @@ class CausalAttention(nn.Module):
         return self.gate.sums(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)), level)
 
 
+class Units(NamedTuple):
+    """Hidden units of all heads before their biases, (B, h, w, M * H), and the biases of the samples, (B, M * H)."""
+
+    sums: Tensor
+    biases: Tensor
+
+
 class Rows(NamedTuple):
     """Chosen pairs of a group and a cell, group after group.
 
@@ -201,13 +208,12 @@ class PixelSNAIL(nn.Module):
         self.hidden = DyadicLinear(c + width, groups * config.hidden, levels, gain=2.0, mask=source < units[:, None])
         self.out = DyadicLinear(config.hidden, groups * outcomes, 1)
 
-    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, codes: Tensor, level: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Units]:
         """Logits of every cell's flags given the cells before it, and what its heads start from.
 
         codes: (B, h, w, M * d) code activations; level: (B,) int64; condition: (B, h, w, C) stream values.
-        Returns the logits (M, cells) of not null against null, cells = B h w, and the known features and codes
-        (B, h, w, C + M * d), for ``logits``. All logits are log2 probabilities up to a constant per row, exact sums
-        before ``dyadic.logit``.
+        Returns the logits (M, cells) of not null against null, cells = B h w, and what ``logits`` computes those of the
+        outcomes from. All logits are log2 probabilities up to a constant per row, exact sums before ``dyadic.logit``.
         """
         x, bias = self.embed.sums(dyadic.shifted(codes, CAUSAL), level)
         stream, taps = dyadic.add(condition, x, bias, TAPS, gates=False)
@@ -218,17 +224,16 @@ class PixelSNAIL(nn.Module):
             stream, taps = block(stream, taps, level, HERE if k == len(self.blocks) - 1 else TAPS)
         known = torch.cat([taps, codes], -1)
         flags = self.flag_out.at(level)(dyadic.relu_of(*self.flag_hidden.sums(known, level)))
-        return flags.flatten(0, 2).t(), known
+        return flags.flatten(0, 2).t(), Units(*self.hidden.sums(known, level))
 
-    def logits(self, known: Tensor, level: Tensor, rows: Rows) -> Tensor:
-        """Logits (n, N) of the outcomes of some rows; known: as ``forward`` returns it."""
-        cells = known[..., 0].numel()
-        sums, shift = self.hidden.sums(known, level)
-        if dyadic.fused(sums):
-            x = _Heads.apply(sums, shift, rows.place, self.config.hidden)
+    def logits(self, units: Units, rows: Rows) -> Tensor:
+        """Logits (n, N) of the outcomes of some rows; units: as ``forward`` returns them."""
+        cells = units.sums[..., 0].numel()
+        if dyadic.fused(units.sums):
+            x = _Heads.apply(*units, rows.place, self.config.hidden)
         else:
             group, cell = (rows.place // cells).clamp(max=self.groups - 1), rows.place % cells
-            sums = dyadic.biased(sums, shift).view(-1, self.config.hidden)  # cell by cell, (cells * M, H)
+            sums = dyadic.biased(*units).view(-1, self.config.hidden)  # cell by cell, (cells * M, H)
             x = dyadic.relu(sums.index_select(0, cell * self.groups + group))
         weight, bias = self.out.on_grid()
         return grouped(x, weight.unflatten(0, (self.groups, -1)), rows, bias.view(self.groups, -1), cells)

@@ -19,9 +19,9 @@ from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
 from vqcodec.models.blocks import Drawn, to_blocks
 from vqcodec.models.dyadic import table_bits
-from vqcodec.models.pixelsnail import PixelSNAIL, Rows, rows_of, take
+from vqcodec.models.pixelsnail import PixelSNAIL, Rows, Units, rows_of, take
 from vqcodec.models.precision import full_precision, inference_precision, inner_type
-from vqcodec.models.quantizer import COMMITMENT, Codebook, code_length, flag_bits, put
+from vqcodec.models.quantizer import COMMITMENT, Choice, Codebook, code_length, flag_bits, put
 from vqcodec.models.transform import block_basis
 
 SPREAD = 4.0  # on the linear path coefficients are this many times larger, of the order of the features
@@ -103,6 +103,15 @@ class Latent(nn.Module):
 Fit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
+class Rates(NamedTuple):
+    """Of a grid's indices. null, active: bits of a null flag and of its opposite, (M, B h w); units: what the bits of
+    the outcomes are computed from."""
+
+    null: Tensor
+    active: Tensor
+    units: Units
+
+
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
     penalty: (B,), commitment, codebook and rate gradients, in bits."""
@@ -110,6 +119,14 @@ class Output(NamedTuple):
     x_hat: Tensor
     bits: Tensor
     penalty: Tensor
+
+
+class Base(NamedTuple):
+    """What the coarser grids give of a grid's picture, whatever its own codes are: coefficients (B, D, h, w), if this
+    is the finest grid of a model with a linear path, and features (B, C, h, w)."""
+
+    coefficients: Tensor | None
+    features: Tensor
 
 
 class VQVAE(nn.Module):
@@ -208,26 +225,37 @@ class VQVAE(nn.Module):
     def decode_grid(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> Tensor:
         """Decode grid k: code vectors (B, M * d, h, w) and the context from coarser grids -> the context of the next
         finer grid (B, C, h', w'); after the finest grid, the image (B, 3, H, W)."""
-        return (
-            self.draw(codes, context, level).image if self._finest(k) else self._synthesise(k, codes, context, level)[0]
-        )
+        base = None if context is None else self.base(k, context)
+        return self.draw(codes, base, level).image if self._finest(k) else self._synthesise(k, codes, base, level)[0]
 
-    def draw(self, codes: Tensor, context: Tensor | None, level: Tensor) -> Drawn:
-        """The picture of the finest grid's code vectors, as ``decode_grid``."""
-        y, linear = self._synthesise(len(self.codebooks) - 1, codes, context, level)
+    def draw(self, codes: Tensor, base: Base | None, level: Tensor) -> Drawn:
+        """The picture of the finest grid's code vectors, as ``decode_grid``; base: of their context."""
+        y, linear = self._synthesise(len(self.codebooks) - 1, codes, base, level)
         return Drawn(self.tail[0](y), linear)
 
-    def _synthesise(self, k: int, codes: Tensor, context: Tensor | None, level: Tensor) -> tuple[Tensor, Tensor | None]:
+    def base(self, k: int, context: Tensor) -> Base:
+        """What grid k's code vectors add to, of the context from coarser grids."""
+        coefficients = None
+        if self.config.linear_path and self._finest(k):
+            with full_precision(context.device):
+                coefficients = pointwise(context.float(), self.expect.weight, self.expect.bias)
+        join, width = self._join(k), self.latents[k].null.shape[1]
+        return Base(coefficients, F.conv2d(context, join.weight[:, width:], join.bias, padding=1))
+
+    def _join(self, k: int) -> nn.Conv2d:
+        layer = self.join[str(self.config.grids[k].stride)]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    def _synthesise(self, k: int, codes: Tensor, base: Base | None, level: Tensor) -> tuple[Tensor, Tensor | None]:
         """The context of the next finer grid, or of the tail; and what the linear path draws, after the finest grid."""
-        y, linear = self.latents[k].decode(codes, level), None
+        y, linear, join = self.latents[k].decode(codes, level), None, self._join(k)
         if self.config.linear_path and self._finest(k):
             with full_precision(codes.device):
-                if context is not None:
-                    y = y + pointwise(context.float(), self.expect.weight, self.expect.bias)
+                if base is not None and base.coefficients is not None:
+                    y = y + base.coefficients
                 linear = pointwise(y, self.pixels.weight.flatten(1).t())
-        if context is not None:
-            y = torch.cat([y.to(context.dtype), context], 1)
-        y = self.join[str(self.config.grids[k].stride)](y)
+        y = join(y) if base is None else base.features + F.conv2d(y, join.weight[:, : y.shape[1]], padding=1)
         stage = self.strides.index(self.config.grids[k].stride)
         last = 0 if self._finest(k) else self.strides.index(self.config.grids[k + 1].stride) + 1
         y = self.synthesis[stage](y, level)
@@ -268,10 +296,14 @@ class VQVAE(nn.Module):
 
     def condition(self, k: int, indices: Tensor, level: Tensor) -> Tensor:
         """What grid k's prior sees of the next coarser grid's indices (B, M, h, w): (B, 2h, 2w, C), exact."""
-        book, stack = self.codebooks[k - 1], self.priors[k].condition
+        stack = self.priors[k].condition
         assert stack is not None
-        b, _, h, w = indices.shape
-        return stack(book.activations(book.lookup(indices.transpose(0, 1).flatten(1)), b, h, w), level)
+        return stack(self.seen(k - 1, indices), level)
+
+    def seen(self, k: int, indices: Tensor) -> Tensor:
+        """Grid k's indices (B, M, h, w) as priors see them: (B, h, w, M * d), on the activation grid."""
+        book, (b, _, h, w) = self.codebooks[k], indices.shape
+        return book.activations(book.lookup(indices.transpose(0, 1).flatten(1)), b, h, w)
 
     def guess(self, k: int, z: Tensor, level: Tensor, rate_weight: float | Tensor) -> Tensor:
         """Indices (B, M, h, w) of latents z by distance and the frequencies of the codes, without the prior.
@@ -282,7 +314,7 @@ class VQVAE(nn.Module):
         index = self.codebooks[k].guess(
             self.codebooks[k].split(z), level.repeat_interleave(h * w), _by_cell(rate_weight, z)
         )
-        return index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
+        return _grid(index, z)
 
     def forward(
         self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None, fit: Fit | None = None
@@ -337,10 +369,10 @@ class VQVAE(nn.Module):
         file, float64; otherwise by the logits that training learns from.
         """
         book, prior = self.codebooks[k], self.priors[k]
-        flags, known = prior(seen, level, condition)
+        flags, units = prior(seen, level, condition)
         outcome = book.outcome(index.transpose(0, 1).flatten(1))
         rows = rows_of(outcome > 0)
-        logits, chosen = prior.logits(known, level, rows), take(outcome.flatten(), rows.place) - 1
+        logits, chosen = prior.logits(units, rows), take(outcome.flatten(), rows.place) - 1
         if exact:
             null, active = table_bits(torch.stack([torch.zeros_like(flags), flags], -1)).unbind(-1)
             lengths = table_bits(logits).gather(-1, chosen[:, None])[:, 0]
@@ -359,21 +391,13 @@ class VQVAE(nn.Module):
 
         rate_weight: as in ``guess``.
         """
-        book, prior = self.codebooks[k], self.priors[k]
+        book = self.codebooks[k]
         b, _, h, w = z.shape
         v = book.split(z)
         values, cell_level, weight = v.detach(), level.repeat_interleave(h * w), _by_cell(rate_weight, z)
         if book.training and not book.initialised:
             book.initialise(values)
-        with torch.no_grad():
-            guess = book.guess(values, cell_level, weight)
-            flags, known = prior(book.activations(book.lookup(guess), b, h, w), level, condition)
-            null, active = flag_bits(flags)
-
-            def prior_logits(rows: Rows) -> tuple[Tensor, Tensor]:
-                return prior.logits(known, level, rows), torch.arange(len(rows.place), device=z.device)
-
-            choice = book.choose(values, null, active, prior_logits, weight, book.training)
+        choice = self._choose(k, values, self.rates(k, z, condition, level, rate_weight), weight)
         # The second term is zero but for its gradient.
         loss = COMMITMENT * (v - choice.vectors).pow(2) + weight[:, None] * (v - values) * choice.rate_gradient
         if book.learning == "loss":
@@ -381,14 +405,39 @@ class VQVAE(nn.Module):
         penalty = loss.unflatten(1, (b, h * w)).sum((0, 2, 3))
         if book.training:
             book.update(values, choice, cell_level)
-        index = choice.indices.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
-        return index, book.join(v + (choice.vectors - v).detach(), b, h, w), penalty
+        return _grid(choice.indices, z), book.join(v + (choice.vectors - v).detach(), b, h, w), penalty
+
+    @torch.no_grad()
+    def rates(self, k: int, z: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float | Tensor) -> Rates:
+        """What indices cost, by one pass of the prior over those that are guessed for latents z."""
+        flags, units = self.priors[k](self.seen(k, self.guess(k, z, level, rate_weight)), level, condition)
+        return Rates(*flag_bits(flags), units)
+
+    def choose(self, k: int, z: Tensor, rates: Rates, rate_weight: float | Tensor) -> Tensor:
+        """Indices (B, M, h, w) of latents z by distance and rates."""
+        values = self.codebooks[k].split(z.detach())
+        return _grid(self._choose(k, values, rates, _by_cell(rate_weight, z)).indices, z)
+
+    @torch.no_grad()
+    def _choose(self, k: int, values: Tensor, rates: Rates, weight: Tensor) -> Choice:
+        book = self.codebooks[k]
+
+        def logits(rows: Rows) -> tuple[Tensor, Tensor]:
+            return self.priors[k].logits(rates.units, rows), torch.arange(len(rows.place), device=values.device)
+
+        return book.choose(values, rates.null, rates.active, logits, weight, book.training)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution of x (B, C, h, w), as a product: in float32 torch's convolutions take longer. weight: (D, ...),
     C numbers for each output."""
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _grid(index: Tensor, z: Tensor) -> Tensor:
+    """Indices (M, B h w) as those of a grid, (B, M, h, w), of latents z (B, M * d, h, w)."""
+    b, _, h, w = z.shape
+    return index.unflatten(1, (b, h * w)).transpose(0, 1).unflatten(2, (h, w))
 
 
 def _by_cell(weight: float | Tensor, z: Tensor) -> Tensor:
