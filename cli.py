@@ -467,10 +467,10 @@ _quality = click.option(
     default=DEFAULT_QUALITY,
     help=f"From 1, the smallest file, to {BEST_QUALITY}, the best picture; fractions are fine.",
 )
-_tune = click.option(
+_tune = functools.partial(
+    click.option,
     "--tune",
     type=click.Choice(TUNES),
-    default=DEFAULT_TUNE,
     help="What to spend the bytes on: least squared error, or what the eye sees.",
 )
 _count = click.IntRange(min=1)
@@ -645,7 +645,7 @@ _positive = _Positive()
 
 @main.command(epilog=f"{_FILES}\n\n{_EXIT_CODES}")
 @_quality
-@_tune
+@_tune(show_default=f"{DEFAULT_TUNE}, with --target-psnr psnr")
 @click.option("--target-size", metavar="SIZE", type=_Size(), help="Bytes instead of a quality: 50kB, 1.5MB, 64KiB.")
 @click.option("--target-bpp", metavar="BPP", type=_positive, help="Bits per pixel instead of a quality.")
 @click.option("--target-psnr", metavar="DB", type=_positive, help="PSNR over R, G and B instead of a quality.")
@@ -662,7 +662,7 @@ _positive = _Positive()
 def encode(
     options: _FileOptions,
     quality: float,
-    tune: Tune,
+    tune: Tune | None,
     target_size: float | None,
     target_bpp: float | None,
     target_psnr: float | None,
@@ -678,7 +678,7 @@ def encode(
       vqcodec encode -q 3.5 photo.png -o small.vq2
       vqcodec encode --target-size 50kB photo.png
       vqcodec encode --effort 3 photo.png       more quality for the bytes, slow
-      vqcodec encode --tune visual photo.png    for the eye, about as many bytes
+      vqcodec encode --tune psnr photo.png      for PSNR, not for the eye
       vqcodec encode *.jpg -o compressed/       a file for each, in a folder
       vqcodec encode photos/ -o small/ --jobs 4 --resume
       vqcodec encode --engine ray s3://mine/photos -o s3://mine/small
@@ -939,7 +939,7 @@ _GRIDS = {"grid1": ", top: what is where", "grid2": ", bottom: the details"}
     default=(1, 3, 5, 7),
     help="As in encode; give it again for another row.",
 )
-@_tune
+@_tune(default=DEFAULT_TUNE)
 @_force
 @_device
 @_weights
@@ -960,7 +960,7 @@ def compare(
     Examples:
       vqcodec compare photo.png                 writes photo.html
       vqcodec compare photo.png -q 2 -q 4.5 -o page.html
-      vqcodec compare photo.png --tune visual
+      vqcodec compare photo.png --tune psnr
 
     The page holds everything: a slider between any two pictures, the original, then for every quality the .vq2
     file's picture and what the others make of at most as many bytes, each with its quality, size, PSNR and, where

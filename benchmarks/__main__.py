@@ -50,6 +50,9 @@ file_type = click.Path(exists=True, dir_okay=False, path_type=Path)
 folder_argument = click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 output_option = click.option("-o", "--output", type=click.Path(path_type=Path), help="results/NAME, without an ending.")
 weights_option = click.option("--weights", type=file_type, help="Instead of the shipped ones.")
+tune_option = click.option(
+    "--tune", type=click.Choice(TUNES), default=DEFAULT_TUNE, show_default=True, help="Of the .vq2 files."
+)
 qualities_option = click.option("--qualities", callback=numbers(float), help="Such as 1,2.5,4; all levels by default.")
 
 
@@ -63,7 +66,7 @@ def main() -> None:
 @output_option
 @weights_option
 @qualities_option
-@click.option("--tune", type=click.Choice(TUNES), default=DEFAULT_TUNE, show_default=True, help="Of the .vq2 files.")
+@tune_option
 @click.option("--rivals", callback=names, help="Such as jpeg,webp; all by default.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--fresh", is_flag=True, help="Measure the rivals again, too.")
@@ -116,6 +119,7 @@ def report(folder: Path, output: Path, **options: Any) -> None:
 @click.option("--compressai", type=file_type, help="The Python of an environment with CompressAI.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--quality", type=float, help="5, or the model's best, by default.")
+@tune_option
 @click.option("--image", type=file_type, help="Instead of 1/f noise.")
 def speed(output: Path | None, **options: Any) -> None:
     """Time by stage and peak memory of encoding and decoding."""

@@ -1,4 +1,5 @@
-"""What each part buys: the choice of indices, the encoder's effort, and the parts of the prior, on the same indices."""
+"""What each part buys, by PSNR and in files that are made for it: the choice of indices, the encoder's effort, and the
+parts of the prior, on the same indices."""
 
 import math
 import time
@@ -92,7 +93,7 @@ def run(
             level = codec.level_for(quality)
             grids: dict[str, list[Grid]] = {}
             for choice, (used_codec, effort) in encoders.items():
-                encoder = PictureEncoder(used_codec, from_array(picture), effort)
+                encoder = PictureEncoder(used_codec, from_array(picture), effort, "psnr")
                 points[choice, quality].append(_point(encoder, picture, quality, level))
                 grids[choice] = encoder.grids
             chosen = grids[REFERENCE]

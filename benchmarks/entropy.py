@@ -1,4 +1,5 @@
-"""Where the bits go: payload against the ideal code length, framing, grids, and what groups spend them on."""
+"""Where the bits of files made for PSNR go: payload against the ideal code length, framing, grids, and what the groups
+spend them on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def run(
     for name, picture in corpus.photos(folder, skipped):
         picture = indices.middle(picture)
         images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
-        encoder = PictureEncoder(codec, from_array(picture))
+        encoder = PictureEncoder(codec, from_array(picture), tune="psnr")
         for quality, counts in tallies.items():
             data = encoder.encode(quality)
             sizes[quality] += len(data)

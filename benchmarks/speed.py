@@ -23,7 +23,7 @@ from benchmarks.corpus import Bytes
 from bitstream import container, rans, walk
 from bitstream.errors import ImageError
 from vqcodec import Codec
-from vqcodec.config import DEFAULT_QUALITY
+from vqcodec.config import DEFAULT_QUALITY, DEFAULT_TUNE, Tune
 from vqcodec.image import read
 
 DEFAULT_SIZES = ((768, 512), (4000, 3000), (8688, 5792))
@@ -99,6 +99,7 @@ def run(
     compressai: Path | None = None,
     repeat: int = 3,
     quality: float | None = None,
+    tune: Tune = DEFAULT_TUNE,
     image: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -123,6 +124,7 @@ def run(
         "machine": machine.describe(codec, weights),
         "image": "synthetic, 1/f noise" if image is None else f"{image.name}, mirrored or cropped to size",
         "quality": quality,
+        "tune": tune,
         "repeat": repeat,
         "long_seconds": timing.LONG,
         "codecs": what,
@@ -136,11 +138,11 @@ def run(
             pixels = pink_noise(width, height) if source is None else fitted(source, width, height)
             files = Path(folder, "image.png"), Path(folder, "image.vq2")
             Image.fromarray(pixels).save(files[0], compress_level=1)
-            files[1].write_bytes(data := codec.encode(pixels, quality))
+            files[1].write_bytes(data := codec.encode(pixels, quality, tune=tune))
             rows = []
             for device, count in ((device, count) for device in devices for count in threads):
                 tell(f"{width}x{height}: vq2, {device}, threads {count}")
-                rows += _rows(loaded[device], files, weights, quality, count, repeat)
+                rows += _rows(loaded[device], files, weights, quality, tune, count, repeat)
             for rival in found:
                 tell(f"{width}x{height}: {rival.name}")
                 if rival.name not in settings:
@@ -164,7 +166,7 @@ def run(
                 result["rows"].append({"width": width, "height": height, **row, **speed})
             if "process_seconds" not in result:
                 tell(f"{width}x{height}: whole processes")
-                result["process_seconds"] = _process_seconds(files, weights, repeat)
+                result["process_seconds"] = _process_seconds(files, weights, tune, repeat)
             corpus.save_json(output, result)
     result["settings"] = settings
     corpus.save_json(output, result)
@@ -187,15 +189,15 @@ def _compressai(python: Path | None, what: dict[str, str], skipped: dict[str, st
 
 
 def _rows(
-    codec: Codec, files: tuple[Path, Path], weights: Path | None, quality: float, threads: int, repeat: int
+    codec: Codec, files: tuple[Path, Path], weights: Path | None, quality: float, tune: Tune, threads: int, repeat: int
 ) -> list[dict[str, Any]]:
     """Encoding and decoding with vq2; files: the image as PNG and as .vq2."""
     device = codec.device.type
-    peaks = [timing.in_new_process(peak_memory, file, weights, device, quality, threads) for file in files]
+    peaks = [timing.in_new_process(peak_memory, file, weights, device, quality, tune, threads) for file in files]
     pixels, data = np.array(Image.open(files[0])), files[1].read_bytes()
     with _threads(threads):
         stages = (
-            by_stage(functools.partial(codec.encode, pixels, quality), repeat),
+            by_stage(functools.partial(codec.encode, pixels, quality, tune=tune), repeat),
             by_stage(functools.partial(codec.decode, data), repeat),
         )
     decoded, copy = codec.decode(data), files[1].with_suffix(".copy")
@@ -286,23 +288,23 @@ def fitted(pixels: Bytes, width: int, height: int) -> Bytes:
 # --- processes ---
 
 
-def peak_memory(file: Path, weights: Path | None, device: str, quality: float, threads: int) -> int:
+def peak_memory(file: Path, weights: Path | None, device: str, quality: float, tune: Tune, threads: int) -> int:
     """Peak resident bytes of this process, after encoding an image file or decoding a .vq2 file."""
     codec = Codec.load(weights, device=device)
     with _threads(threads):
         if file.suffix == ".vq2":
             codec.decode(file.read_bytes())
         else:
-            codec.encode(Image.open(file), quality)
+            codec.encode(Image.open(file), quality, tune=tune)
     return timing.peak_bytes()
 
 
-def _process_seconds(files: tuple[Path, Path], weights: Path | None, repeat: int) -> dict[str, float | str]:
+def _process_seconds(files: tuple[Path, Path], weights: Path | None, tune: Tune, repeat: int) -> dict[str, float | str]:
     """Of each command; files: the image as PNG and as .vq2."""
     given = ["--weights", str(weights)] if weights else []
     image, coded = files
     commands = (
-        ["encode", str(image), "-f", "-o", str(coded.with_suffix(".copy.vq2")), *given],
+        ["encode", str(image), "--tune", tune, "-f", "-o", str(coded.with_suffix(".copy.vq2")), *given],
         ["decode", str(coded), "-f", "-o", str(image.with_suffix(".copy.png")), *given],
         ["info", str(coded)],
         ["--help"],
@@ -355,8 +357,8 @@ def table(result: dict[str, Any]) -> str:
 def about(result: dict[str, Any]) -> str:
     """What is measured, for a reader of the tables."""
     return (
-        f"Image: {result['image']}; quality {result['quality']:g}; median of {result['repeat']} calls, or one call "
-        f"if it takes more than {result['long_seconds']:g} s"
+        f"Image: {result['image']}; quality {result['quality']:g}, tune {result['tune']}; median of "
+        f"{result['repeat']} calls, or one call if it takes more than {result['long_seconds']:g} s"
     )
 
 

@@ -642,7 +642,7 @@ def test_info_prints_one_json_object_per_file(here: Path, encode: Command, vq2: 
         "height": HEIGHT,
         "mode": "RGB",
         "level": 2,
-        "tune": "psnr",
+        "tune": "visual",
         "bpp": round(8 * len(vq2) / (WIDTH * HEIGHT), 4),
         "fingerprint": vq2[13:21].hex(),
     }
@@ -672,10 +672,22 @@ def test_info_tells_camera_date_and_profile_and_which_grid_is_which(encode: Comm
     assert re.search(r"grid1 .* bytes, top: ", out) and re.search(r"grid2 .* bytes, bottom: ", out)
 
 
-def test_the_tune_is_that_of_the_file(here: Path, encode: Command, vq2: bytes) -> None:
-    succeeded(encode("-q", "2", "--tune", "visual", "photo.png", "-o", "eye.vq2"))
-    assert json.loads(run("info", "--json", "eye.vq2").stdout)["tune"] == "visual"
-    assert "tune visual" in succeeded(run("info", "eye.vq2")).stdout
+@pytest.mark.parametrize(
+    "options, tune",
+    [
+        ("-q 2 --tune psnr", "psnr"),
+        ("-q 2", "visual"),
+        ("--quiet --target-psnr 20", "psnr"),
+        ("--quiet --target-psnr 20 --tune visual", "visual"),
+    ],
+)
+def test_the_tune_is_that_of_the_file(here: Path, tiny_weights: Path, options: str, tune: str) -> None:
+    succeeded(run("encode", "--weights", tiny_weights, *options.split(), "photo.png", "-o", "tuned.vq2"))
+    assert json.loads(run("info", "--json", "tuned.vq2").stdout)["tune"] == tune
+    assert f"tune {tune}" in succeeded(run("info", "tuned.vq2")).stdout
+
+
+def test_an_unknown_tune_is_refused(here: Path, encode: Command) -> None:
     assert "'ear' is not one of 'psnr', 'visual'" in encode("--tune", "ear", "photo.png").stderr
 
 

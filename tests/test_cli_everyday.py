@@ -575,7 +575,7 @@ def test_compare_writes_one_page_with_everything_in_it(photo: Path) -> None:
     page = Path("photo.html").read_text("utf-8")
     titles = re.findall(r"<figcaption><b>([^<]+)</b>", page)
     assert titles[0] == "original" and titles.count("JPEG") == titles.count("WEBP") == 2
-    assert {"vq2, quality 1, tune psnr", "vq2, quality 2.5, tune psnr"} <= set(titles)
+    assert {"vq2, quality 1, tune visual", "vq2, quality 2.5, tune visual"} <= set(titles)
     assert page.count("<img") == len(titles) and "http" not in page
     size = os.path.getsize("photo.png")
     assert f"<b>original</b><br>PNG, 192 x 160 pixels, {size:,} bytes" in page

@@ -136,7 +136,7 @@ def encode_to(
     image: "Image.Image | ArrayLike | Picture | Source",
     target: "Target",
     *,
-    tune: Tune = DEFAULT_TUNE,
+    tune: Tune | None = None,
     strip: "Strip" = False,
     effort: int = DEFAULT_EFFORT,
     device: str = "auto",

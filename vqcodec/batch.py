@@ -28,7 +28,7 @@ import torch
 from bitstream.container import MAX_SIDE, unpack
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec
-from vqcodec.config import Tune
+from vqcodec.config import DEFAULT_TUNE, Tune
 from vqcodec.image import Picture, Strip, info_of, read, stripped, to_pil
 from vqcodec.jobs import Job, begin
 from vqcodec.output import Options, save
@@ -63,11 +63,11 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Encode:
-    """A picture file to a .vq2 file."""
+    """A picture file to a .vq2 file. tune: None for what suits the target."""
 
     quality: float
     target: Target | None
-    tune: Tune
+    tune: Tune | None
     strip: Strip
     effort: int
     max_pixels: int
@@ -79,7 +79,8 @@ class Encode:
         height, width = picture.pixels.shape[:2]
         quality, miss = None, ""
         if self.target is None:
-            encoded = codec.encode(picture, self.quality, tune=self.tune, effort=self.effort, progress=progress)
+            tune = self.tune or DEFAULT_TUNE
+            encoded = codec.encode(picture, self.quality, tune=tune, effort=self.effort, progress=progress)
         else:
             reached = codec.encode_to(picture, self.target, tune=self.tune, effort=self.effort, progress=progress)
             encoded, quality = reached.data, reached.quality

@@ -179,7 +179,7 @@ class Codec:
         image: "Image.Image | ArrayLike | Picture | Source",
         target: Target,
         *,
-        tune: Tune = DEFAULT_TUNE,
+        tune: Tune | None = None,
         strip: Strip = False,
         effort: int = DEFAULT_EFFORT,
         progress: Progress | None = None,
@@ -187,10 +187,11 @@ class Codec:
         """Compress an image to a size, a rate or a PSNR: searches the quality for it, in some 3 to 10 encodings.
 
         Returns the file nearest to the target of all those tried; ``met`` tells whether it is within the tolerance.
-        tune, strip, effort: as in ``encode``. progress: called with 0..1 for every file tried. Raises ImageError.
+        tune, strip, effort: as in ``encode``; without a tune a PSNR is reached by files that are made for it. progress:
+        called with 0..1 for every file tried. Raises ImageError.
         """
         picture = picture_of(image)
-        encoder = PictureEncoder(self, stripped(picture, strip), effort, tune)
+        encoder = PictureEncoder(self, stripped(picture, strip), effort, tune or target.tune)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)

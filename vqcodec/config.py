@@ -10,7 +10,7 @@ DEFAULT_QUALITY = 5.0
 DEFAULT_EFFORT = 1
 Tune = Literal["psnr", "visual"]  # what a picture is to be near to its original in: squared error, or what the eye sees
 TUNES: tuple[Tune, ...] = ("psnr", "visual")
-DEFAULT_TUNE: Tune = "psnr"
+DEFAULT_TUNE: Tune = "visual"
 
 # Quality levels 1..8: from about 0.07 to 1.2 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
 LAMBDAS = (0.0007, 0.00135, 0.00261, 0.00504, 0.00973, 0.0188, 0.0363, 0.07)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from vqcodec.config import DEFAULT_TUNE, Tune
+
 TOLERANCE = 0.02  # of bytes or bits per pixel
 TOLERANCE_DB = 0.1
 MOST_TRIES = 10
@@ -27,6 +29,11 @@ class Target:
     def __post_init__(self) -> None:
         if not 0 < self.value < math.inf:
             raise ValueError(f"a target must be positive, and {self.kind} {self.value:g} is not")
+
+    @property
+    def tune(self) -> Tune:
+        """What its file is made for, unless something else is asked for: for a PSNR, that."""
+        return "psnr" if self.kind == "psnr" else DEFAULT_TUNE
 
     def on_scale(self, value: float) -> float:
         """A value where quality is about linear: logarithm of bytes, or dB."""
