@@ -101,12 +101,16 @@ def rd(folder: Path, output: Path | None, html: bool, **options: Any) -> None:
     callback=numbers(float),
     help="Of the .vq2 files, such as 2,4,6; the rivals get as many bytes.",
 )
-@click.option("--crops", default=3, show_default=True, type=click.IntRange(0), help="Images to show.")
-def report(folder: Path, output: Path, **options: Any) -> None:
+@click.option("--crops", default=3, show_default=True, type=click.IntRange(0), help="Images to show the middle of.")
+@click.option("--crop", "chosen", multiple=True, metavar="NAME+X+Y", help="Where to crop, instead of --crops.")
+def report(folder: Path, output: Path, chosen: tuple[str, ...], **options: Any) -> None:
     """Write NAME.html again, from NAME.json of rd, and speed.json if that is beside it."""
     from benchmarks import report
 
-    _finish(report.table, lambda: report.run(folder, output, tell=_tell, **options))
+    def run() -> dict[str, Any]:
+        return report.run(folder, output, chosen=[*map(report.parse_place, chosen)], tell=_tell, **options)
+
+    _finish(report.table, run)
 
 
 @main.command()

@@ -4,9 +4,10 @@ import base64
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +24,22 @@ SIDE = 288  # pixels of a crop
 CROPPED = ("jpeg", "webp", "avif-444-iq", "jxl", "jpeg2000")  # crops are for the eye
 
 
+class Place(NamedTuple):
+    """Where a crop begins; None: so that it is the middle."""
+
+    image: str
+    left: int | None
+    top: int | None
+
+
+def parse_place(text: str) -> Place:
+    """NAME+X+Y"""
+    found = re.fullmatch(r"(.+)\+(\d+)\+(\d+)", text)
+    if not found:
+        raise ValueError(f"{text!r} is not a place such as photo.png+240+120")
+    return Place(found[1], int(found[2]), int(found[3]))
+
+
 def run(
     folder: Path,
     output: Path,
@@ -30,22 +47,24 @@ def run(
     weights: Path | None = None,
     qualities: Sequence[float] = (3.0,),
     crops: int = 3,
+    chosen: Sequence[Place] = (),
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write OUTPUT.html from OUTPUT.json, a result of rd, with crops of the folder's images and, if there is one of the
-    same model beside it, the table of speed.json."""
+    same model beside it, the table of speed.json. chosen: the crops to show, instead of some from the middle."""
     result = _result(corpus.beside(output, ".json"), "rd")
     codec = Codec.load(weights, device="cpu")
     if codec.fingerprint.hex() != result["machine"]["fingerprint"]:
         raise ValueError(f"{output}.json is of model {result['machine']['fingerprint']}, not {codec.fingerprint.hex()}")
     names = list(dict.fromkeys(row["image"] for row in result["rows"]))
-    shown = [names[k] for k in np.unique(np.linspace(0, len(names) - 1, 2 * crops + 1).round().astype(int)[1::2])]
+    spread = np.unique(np.linspace(0, len(names) - 1, 2 * crops + 1).round().astype(int)[1::2])
+    places = chosen or [Place(names[k], None, None) for k in spread]
     rivals, _ = codecs.available([name for name in CROPPED if name in result["codecs"]])
     ours = codecs.vq2(codec, tune=result.get("tune", DEFAULT_TUNE))
     panels = []
-    for name, quality in itertools.product(shown, qualities):
-        tell(f"{name}, quality {quality:g}: encoding with as many bytes as vq2 needs")
-        panels.append(_crop(folder / name, ours, rivals, quality))
+    for place, quality in itertools.product(places, qualities):
+        tell(f"{place.image}, quality {quality:g}: encoding with as many bytes as vq2 needs")
+        panels.append(_crop(folder, place, ours, rivals, quality))
     beside = output.with_name("speed.json")
     times = _result(beside, "speed") if beside.exists() else None
     if times and times["machine"]["fingerprint"] != result["machine"]["fingerprint"]:
@@ -54,7 +73,7 @@ def run(
     path = corpus.beside(output, ".html")
     with write_atomically(path, force=True) as file:
         file.write(page(result, panels, times).encode())
-    return {"path": str(path), "images": shown}
+    return {"path": str(path), "images": [place.image for place in places]}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -68,14 +87,16 @@ def _result(path: Path, kind: str) -> dict[str, Any]:
     return result
 
 
-def _crop(path: Path, ours: codecs.Rival, rivals: list[codecs.Rival], quality: float) -> dict[str, Any]:
-    """The middle of an image, as each codec shows it with at most the bytes of vq2, or the fewest that it can."""
+def _crop(folder: Path, place: Place, ours: codecs.Rival, rivals: list[codecs.Rival], quality: float) -> dict[str, Any]:
+    """A part of an image, as each codec shows it with at most the bytes of vq2, or the fewest that it can."""
+    path = folder / place.image
     pixels = corpus.load(path)
     if isinstance(pixels, str):
         raise ValueError(f"{path}: {pixels}")
     height, width = pixels.shape[:2]
     side = min(SIDE, height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    left = (width - side) // 2 if place.left is None else min(place.left, width - side)
+    top = (height - side) // 2 if place.top is None else min(place.top, height - side)
 
     def panel(decoded: Bytes, caption: str) -> dict[str, str]:
         return {"src": _data_uri(decoded[top : top + side, left : left + side]), "caption": caption}

@@ -44,6 +44,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     assert f"{beside}: left out, it is of model {'0' * 16}" in told
     assert data_of(Path(foreign["path"]).read_text("utf-8"))["speed"] is None
     beside.write_text(json.dumps({**times, "repeat": 3, "long_seconds": 20.0}))
+    place = report.parse_place("b.png+999+0")  # as far to the right as there is
+    chosen = report.run(folder, output, weights=WEIGHTS, qualities=(1,), chosen=[place], tell=lambda line: None)
+    assert chosen["images"] == ["b.png"]
     made = report.run(folder, output, weights=WEIGHTS, crops=2, qualities=(1, 3), tell=lambda line: None)
     assert made["images"] == [NAME, "b.png"]
     return Path(made["path"]).read_text("utf-8")
@@ -60,6 +63,13 @@ def test_the_page_needs_no_other_file(page: str) -> None:
     assert set(re.findall(r"\w+://[^\"' ]*", frame)) == {"http://www.w3.org/2000/svg"}  # a name, never fetched
     assert re.findall(r"""(?:src|href)=["']?([^"'\s>]+)""", frame) == ["data:,"]
     assert not re.search(r"@import|\bfetch\(|XMLHttpRequest|import\(", frame)
+
+
+@pytest.mark.parametrize("text", ["photo.png", "photo.png+1", "+1+2", "photo.png+a+b"])
+def test_a_place_is_a_name_and_two_numbers(text: str) -> None:
+    assert report.parse_place("a+b.png+1+20") == ("a+b.png", 1, 20)
+    with pytest.raises(ValueError, match="is not a place such as"):
+        report.parse_place(text)
 
 
 def test_the_page_holds_curves_tables_and_crops(page: str) -> None:
