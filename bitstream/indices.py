@@ -13,7 +13,7 @@ from bitstream import container, walk
 from bitstream.container import DEFAULT_MAX_PIXELS, Container, Header
 from bitstream.errors import DamagedError, ModelMismatchError
 from bitstream.prior import Prior
-from bitstream.walk import Grid, Setting, Tell
+from bitstream.walk import Diffusion, Grid, Setting, Tell
 from bitstream.weights import Weights
 
 Progress = Callable[[float], None]
@@ -89,17 +89,18 @@ class IndexCoder:
         grids: Sequence[Grid],
         latents: NDArray[np.float32],
         rate_weights: ArrayLike,
+        diffusion: Diffusion | None = None,
         progress: Progress | None = None,
     ) -> tuple[Grid, bytes]:
         """The next finer grid of an image and its payload.
 
         row: as of ``Weights.row``; size: (height, width) of the image; grids: all coarser ones; latents: (h, w, M d);
         rate_weights: one for all cells, or one for each, (h, w). The indices are those of least |z - e|^2 + rate_weight
-        * bits, one after the other. ValueError for latents that are not finite.
+        * bits, one after the other. diffusion: none by default. ValueError for latents that are not finite.
         """
         k = len(grids)
         counter = Counter(progress, self._indices(k, size))
-        return walk.encode(self._setting(k, row, size, grids, counter), latents, rate_weights)
+        return walk.encode(self._setting(k, row, size, grids, counter), latents, rate_weights, diffusion)
 
     def sample(
         self,

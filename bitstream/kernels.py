@@ -292,6 +292,8 @@ class Coder(NamedTuple):
     intervals: Annotated[Any, np.int32, 3]  # (lanes, 2, room): cumulative frequency and frequency
     latents: Annotated[Any, np.float32, 3]  # (h, w, M d)
     rate_weights: Annotated[Any, np.float64, 2]  # (h, w)
+    channels: Annotated[Any, np.float32, 1]  # (M d,), see walk.Diffusion
+    cells: Annotated[Any, np.float32, 2]  # (h, w), or of no rows
     temperature: float
 
 
@@ -636,6 +638,13 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
         if coder.encode:
             z = coder.latents[i, j, g * dim : g * dim + dim]
             weight = coder.rate_weights[i, j]
+            if len(coder.cells):
+                for c in range(dim):
+                    share = coder.channels[g * dim + c] * coder.cells[i, j]
+                    if i:
+                        z[c] += share * coder.latents[i - 1, j, g * dim + c]
+                    if j:
+                        z[c] += share * coder.latents[i, j - 1, g * dim + c]
             best, escaped = np.float64(0), np.float64(0)
             for c in range(dim):
                 best += np.float64(z[c]) * np.float64(z[c])
@@ -654,6 +663,11 @@ def _cell(net, model, walk, room, coder, r, i, j):  # type: ignore[no-untyped-de
                     _outcomes(net, first, known, sums, hidden, room.logits, outcomes, temperature, frequencies)
                     index = _choose(best - active, weight, distance, escaped, model.escape, codes, logits)
                     outcome = index - 1
+                    for c in range(dim):  # what is left of the latents
+                        if index > codes:
+                            z[c] -= np.float32(ESCAPE_STEP * (entry[c] - ESCAPE_SIDE // 2))
+                        elif index:
+                            z[c] -= model.vectors[g, c, outcome]
             if index == 0:
                 _note(intervals, place, _NONE, null)
             else:

@@ -46,6 +46,15 @@ class Setting(NamedTuple):
     threads: int | None = None
 
 
+class Diffusion(NamedTuple):
+    """What is left of a cell's latents, less its codes, goes on to the cells to the right and below (error diffusion:
+    Floyd and Steinberg, 1976). To each, in channel c of a cell: channels[c] (M d,) times that cell's entry of cells
+    (h, w), float32, together less than 1/2."""
+
+    channels: Floats
+    cells: Floats
+
+
 def decode(setting: Setting, payload: bytes) -> Grid:
     """The indices (M, h, w) of a payload. Raises DamagedError."""
     words, bounds = rans.split(payload, lanes(setting.shape[0]))
@@ -55,10 +64,12 @@ def decode(setting: Setting, payload: bytes) -> Grid:
     return grid
 
 
-def encode(setting: Setting, latents: Floats, rate_weights: ArrayLike) -> tuple[Grid, bytes]:
+def encode(
+    setting: Setting, latents: Floats, rate_weights: ArrayLike, diffusion: Diffusion | None = None
+) -> tuple[Grid, bytes]:
     """The indices (M, h, w) of least |z - e|^2 + rate_weight * bits for latents z (h, w, M d), and their payload.
 
-    rate_weights: one for all cells, or one for each, (h, w).
+    rate_weights: one for all cells, or one for each, (h, w). diffusion: none by default.
 
     ValueError for latents that are not finite.
     """
@@ -66,14 +77,17 @@ def encode(setting: Setting, latents: Floats, rate_weights: ArrayLike) -> tuple[
     if latents.shape != (*setting.shape, grid.depth) or not np.isfinite(latents).all():
         raise ValueError(f"latents must be finite, (h, w, M d) = {(*setting.shape, grid.depth)}, not {latents.shape}")
     most = -(-_most(setting.shape) // streams) * grid.groups * (2 + grid.dim)
+    channels, cells = diffusion or (np.zeros(grid.depth, np.float32), np.zeros((0, 0), np.float32))
     coder = Coder(
         encode=True,
         state=aligned((streams, 8), np.uint64),
         place=aligned((streams, 8), np.int64),
         words=np.zeros(0, np.uint32),
         intervals=np.empty((streams, 2, max(most, INTERVALS)), np.int32),
-        latents=np.ascontiguousarray(latents, np.float32),
+        latents=np.array(latents, np.float32, order="C"),  # a copy: what is left of them takes their place
         rate_weights=np.array(np.broadcast_to(rate_weights, setting.shape), np.float64),
+        channels=np.ascontiguousarray(channels, np.float32),
+        cells=np.ascontiguousarray(cells, np.float32),
         temperature=1.0,
     )
     encoders = [rans.Encoder() for _ in range(streams)]
@@ -108,6 +122,8 @@ def _reading(words: NDArray[np.uint32], bounds: NDArray[np.int64], temperature: 
         words=words,
         intervals=np.empty((streams, 2, 0), np.int32),
         latents=np.empty((0, 0, 0), np.float32),
+        channels=np.empty(0, np.float32),
+        cells=np.empty((0, 0), np.float32),
         rate_weights=np.empty((0, 0)),
         temperature=float(temperature),
     )

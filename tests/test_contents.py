@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from vqcodec.codec import Codec, PictureEncoder
-from vqcodec.config import TUNES
+from vqcodec.config import TUNES, Tune
 from vqcodec.image import Bytes, ColourMode, Picture, from_array
 
 # Every level has codes of its own, coarse where the rate is low: with one pattern or one colour everywhere, one can be
@@ -64,7 +64,7 @@ def patches(rng: np.random.Generator, size: int) -> Bytes:
 @given(st.integers(64, 96), st.integers(0, 10**6))
 def test_psnr_rises_with_quality(codec: Codec, draw: Draw, effort: int, size: int, seed: int) -> None:
     pixels = draw(np.random.default_rng(seed), size)
-    encoder, errors = PictureEncoder(codec, from_array(pixels), effort), []
+    encoder, errors = PictureEncoder(codec, from_array(pixels), effort, "psnr"), []
     for quality in range(1, codec.model.config.levels + 1):
         encoder.encode(quality)
         errors.append(float(np.square(encoder.decoded() - pixels.astype(float)).mean()))
@@ -126,6 +126,29 @@ def test_smooth_pictures_keep_their_colours(codec: Codec) -> None:
     for pixels in (sky, *slopes):
         encoder = PictureEncoder(codec, from_array(pixels))
         assert max(bias(encoder, quality) for quality in (3, 5, 8)) < 0.6
+
+
+def drift(encoder: PictureEncoder, quality: float) -> float:
+    """How far parts of 64 x 64 pixels are off in the worst plane, mean over them."""
+    encoder.encode(quality)
+    off = encoder.decoded() - encoder.picture.pixels.astype(int)
+    parts = off.reshape(off.shape[0] // 64, 64, off.shape[1] // 64, 64, 3).mean((1, 3))
+    return float(np.abs(parts).mean((0, 1)).max())
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_parts_of_skies_keep_their_colours(codec: Codec, tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes take turns where one for all would be off to the same side."""
+    rng, drifts = np.random.default_rng(0), []
+    grain = rng.normal(0, 1.5, (256, 256, 1))
+    skies = [
+        (slope(rng, 256, 256) * 0.2 + np.array(colour(rng)) * 0.8 + grain).clip(0, 255).astype(np.uint8)
+        for _ in range(3)
+    ]
+    for passed_on in (codec.passed_on, [np.zeros_like(share) for share in codec.passed_on]):
+        monkeypatch.setattr(codec, "passed_on", passed_on)
+        drifts.append([drift(PictureEncoder(codec, from_array(sky), 1, tune), q) for sky in skies for q in (2, 3)])
+    assert max(drifts[0]) < 2 and sum(drifts[0]) < 0.75 * sum(drifts[1])
 
 
 @pytest.mark.parametrize("effort", [0, 1])

@@ -26,7 +26,8 @@ from bitstream.container import ColourMode, Container, Header
 from bitstream.errors import DamagedError, WeightsError
 from bitstream.exact import TABLE_TOTAL, lanes
 from bitstream.indices import IndexCoder
-from bitstream.walk import Grid
+from bitstream.prior import Prior
+from bitstream.walk import Diffusion, Grid
 from bitstream.weights import Weights
 
 HERE = Path(__file__).parent
@@ -44,12 +45,20 @@ def latents(coder: IndexCoder, size: tuple[int, int], k: int, seed: int) -> NDAr
 
 
 def encode(
-    coder: IndexCoder, size: tuple[int, int], seed: int = 0, rate_weight: float = 0.7, row: int = LEVEL
+    coder: IndexCoder,
+    size: tuple[int, int],
+    seed: int = 0,
+    rate_weight: float = 0.7,
+    row: int = LEVEL,
+    shares: tuple[float, float] | None = None,
 ) -> tuple[list[Grid], list[bytes]]:
+    """shares: of channels and of cells, that go on to their neighbours."""
     grids: list[Grid] = []
     payloads = []
     for k in range(len(coder.weights.grids)):
-        grid, payload = coder.encode(row, size, grids, latents(coder, size, k, seed), rate_weight)
+        z = latents(coder, size, k, seed)
+        diffusion = shares and Diffusion(np.full(z.shape[2], shares[0]), np.full(z.shape[:2], shares[1]))
+        grid, payload = coder.encode(row, size, grids, z, rate_weight, diffusion)
         grids.append(grid)
         payloads.append(payload)
     return grids, payloads
@@ -151,6 +160,38 @@ def test_the_largest_wave_has_room_for_its_intervals(
     monkeypatch.setattr("time.sleep", sleep)
     grids, written = encode(coder, size)
     assert same(grids, expected) and written == payloads
+
+
+def test_what_goes_on_to_neighbours_does_not_depend_on_threads(
+    coder: IndexCoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (600, 200)
+    _, plain = encode(coder, size)
+    assert all(encode(coder, size, shares=shares)[1] == plain for shares in ((0.0, 1.0), (0.4, 0.0)))
+    grids, payloads = encode(coder, size, shares=(0.4, 1.0))
+    assert payloads != plain and same(decode(coder, size, payloads), grids)
+    for count in (1, 2, 5):
+        monkeypatch.setattr(walk, "cores", lambda count=count: count)
+        assert encode(coder, size, shares=(0.4, 1.0))[1] == payloads
+
+
+@pytest.mark.bounds
+def test_what_goes_on_to_neighbours_keeps_the_mean(coder: IndexCoder) -> None:
+    """Latents too small for any code, as of a sky that is a little off."""
+    grid, shape = coder.weights.grids[0], coder.weights.shape(0, 640, 640)
+    vectors = Prior(coder.weights, 0, LEVEL).model.vectors
+    toward = vectors[0, :, int(np.abs(vectors[0]).sum(0).argmin())]  # the shortest code's
+    z = np.zeros((*shape, grid.depth), np.float32)
+    z[..., : grid.dim] = 0.45 * toward
+
+    def mean(share: float) -> float:
+        diffusion = Diffusion(np.full(grid.depth, share), np.ones(shape))
+        indices, _ = coder.encode(LEVEL, (640, 640), [], z, 0.05, diffusion)
+        book = np.concatenate([np.zeros((grid.dim, 1)), vectors[0]], 1)
+        chosen = book[:, np.minimum(indices[0], grid.codes)].mean((1, 2))
+        return float(chosen @ toward / (toward @ toward))
+
+    assert abs(mean(0.0)) < 0.05 and mean(0.48) == pytest.approx(0.45, abs=0.1)
 
 
 def test_codes_null_and_escapes_all_occur(coder: IndexCoder) -> None:

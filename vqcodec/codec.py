@@ -16,7 +16,7 @@ from bitstream import container
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header, over_limit
 from bitstream.errors import DamagedError, DeviceError, ImageError, LimitError
 from bitstream.indices import IndexCoder
-from bitstream.walk import Grid
+from bitstream.walk import Diffusion, Grid
 from bitstream.weights import Weights
 from vqcodec import flat, memory, offset
 from vqcodec.alpha import prepared
@@ -34,7 +34,7 @@ from vqcodec.image import (
     to_pil,
     unpack_alpha,
 )
-from vqcodec.masking import visibility
+from vqcodec.masking import smoothness, variance, visibility
 from vqcodec.metrics import psnr
 from vqcodec.models import refine
 from vqcodec.models.precision import full_precision, inference
@@ -49,6 +49,11 @@ from vqcodec.weights import as_coded, load
 ANALYSIS, LATENTS, FIT_STEP, CONTEXT, COARSE_WALK, WALK = 3, 1, 6, 1, 1, 4
 INDICES, PIXELS = 3, 2
 
+# What codes leave of the mean colour of a flat cell goes on to the cells right and below, half to each, so that skies
+# are not off as a whole, by up to 7 grey levels at low quality. By PSNR 8 validation crops take 0.3 % less, 0.9 % at
+# qualities 1 and 3; for the eye 0.3 % more by SSIMULACRA 2.
+PASSED_ON = 0.8
+MEAN_COLOUR = 0.1  # share of a channel's function that is no more than a colour, from which on it counts as one
 UNSEEN = 30.0  # rate weight of cells that nobody sees: what is likely will do, null or not
 MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another way to code them gains nothing
 # Bits of a file, and then for each pixel, up to which its picture is drawn to find its offset. That takes a tenth to a
@@ -84,6 +89,7 @@ class Codec:
         model = model.to(self.device).eval().requires_grad_(False)
         # Without this layout every convolution on a CPU rearranges what it reads and writes.
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.passed_on = [_passed_on(self.model, k) for k in range(len(self.model.codebooks))]
 
     @classmethod
     def load(cls, weights: str | Path | None = None, device: str = "auto") -> "Codec":
@@ -356,7 +362,9 @@ class PictureEncoder:
         payloads: list[bytes] = []
         self.grids, context, finest = [], None, len(model.codebooks) - 1
         with inference(codec.device):
-            rate_weights = rate_weight / self._visibility
+            variance = self._variance
+            rate_weights = rate_weight / (visibility(variance) if self.visual else torch.ones_like(variance))
+            smooth = smoothness(variance)
             for k in range(len(model.codebooks)):
 
                 def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
@@ -373,14 +381,19 @@ class PictureEncoder:
                         z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
-                weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])[0, 0].numpy()
+                weights, flatness = (
+                    F.avg_pool2d(x, x.shape[2] // z.shape[2])[0, 0].numpy() for x in (rate_weights, smooth)
+                )
                 if self.unseen is not None and (blank or k == finest):
                     rows, columns, _ = latents.shape
                     unseen = self.unseen.reshape(rows, -1, columns, self.unseen.shape[1] // columns).all((1, 3))
                     latents = np.where(np.expand_dims(unseen, 2), np.float32(0), latents)
                     weights = np.where(unseen, np.float32(UNSEEN), weights)
+                    flatness = np.where(unseen, np.float32(0), flatness)
                 told = stages.next(WALK if k == finest else COARSE_WALK)
-                grid, payload = codec.indices.encode(row, self.size, self.grids, latents, weights, told)
+                grid, payload = codec.indices.encode(
+                    row, self.size, self.grids, latents, weights, Diffusion(codec.passed_on[k], flatness), told
+                )
                 self.grids.append(grid)
                 payloads.append(payload)
                 if k < finest:
@@ -481,17 +494,25 @@ class PictureEncoder:
         return self.codec.tiled(lambda z: [rate_share(z)], halo, self.cells, z)[0]
 
     @cached_property
-    def _visibility(self) -> Tensor:
-        """Weights of errors in the cells of the finest grid, (1, 1, h, w)."""
-        weights = self.codec.indices.weights
-        if not self.visual:
-            shape = weights.shape(len(weights.grids) - 1, *self.size)
-            return torch.ones(1, 1, *shape, dtype=torch.float32, device="cpu")
-        stride = weights.grids[-1].stride
+    def _variance(self) -> Tensor:
+        """Of luma around the cells of the finest grid, (1, 1, h, w)."""
+        stride = self.codec.model.config.grids[-1].stride
         (found,) = self.codec.tiled(
-            lambda x: [visibility(x, stride)], self.codec.model.config.stride, self.cells, self._pixels
+            lambda x: [variance(x, stride)], self.codec.model.config.stride, self.cells, self._pixels
         )
         return found
+
+
+def _passed_on(model: VQVAE, k: int) -> NDArray[np.float32]:
+    """Shares (M d,) of what is left of a cell's latents that goes on to each of two neighbours: of channels that are
+    about a mean colour, if the model has a linear path, which tells."""
+    grid = model.config.grids[k]
+    if not model.config.linear_path:
+        return np.zeros(grid.groups * grid.dim, np.float32)
+    functions = model.coefficients[k].weight.detach().float()
+    means = functions.mean((2, 3)).square().sum(1) * grid.stride**2
+    share = means / functions.square().sum((1, 2, 3)).clamp(min=1e-12)
+    return np.asarray(np.where((share > MEAN_COLOUR).cpu().numpy(), PASSED_ON / 2, 0), np.float32)
 
 
 def _pixels(

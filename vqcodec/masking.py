@@ -1,4 +1,5 @@
-"""What the eye overlooks: errors show in the flat parts of a picture, and less where texture hides them."""
+"""What the eye overlooks, and what it does not: errors show in the flat parts of a picture, less where texture hides
+them, and most where a flat part is off as a whole."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,15 +11,23 @@ FLOOR = 60.0  # of the variance, in squared grey levels
 REFERENCE = 750.0  # where an error counts as by squared error: files are about as large as those for that
 MOST = 3.0
 
+SMOOTH = 5.0  # squared grey levels: with this variance half of what a flat cell passes on
 
-def visibility(pixels: Tensor, cell: int) -> Tensor:
-    """How much an error in each cell of a picture counts for the eye, compared with squared error.
 
-    pixels: (1, 3, H, W), 0..255, sides multiples of cell. Returns (1, 1, H / cell, W / cell), from 1 / MOST to MOST, by
-    the variance of luma within cells, its mean over 3 x 3 of them.
-    """
+def variance(pixels: Tensor, cell: int) -> Tensor:
+    """That of luma within cells, its mean over 3 x 3 of them: (1, 3, H, W), 0..255, sides multiples of cell, to
+    (1, 1, H / cell, W / cell)."""
     red, green, blue = pixels.float().split(1, 1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
-    variance = (F.avg_pool2d(luma.square(), cell) - F.avg_pool2d(luma, cell).square()).clamp(min=0)
-    around = F.avg_pool2d(F.pad(variance, (1, 1, 1, 1), "replicate"), 3, 1)
-    return ((REFERENCE + FLOOR) / (around + FLOOR)).pow(STRENGTH).clamp(1 / MOST, MOST)
+    within = (F.avg_pool2d(luma.square(), cell) - F.avg_pool2d(luma, cell).square()).clamp(min=0)
+    return F.avg_pool2d(F.pad(within, (1, 1, 1, 1), "replicate"), 3, 1)
+
+
+def visibility(variance: Tensor) -> Tensor:
+    """How much an error in each cell counts for the eye, compared with squared error, from 1 / MOST to MOST."""
+    return ((REFERENCE + FLOOR) / (variance + FLOOR)).pow(STRENGTH).clamp(1 / MOST, MOST)
+
+
+def smoothness(variance: Tensor) -> Tensor:
+    """How flat each cell is, from 0 to 1."""
+    return SMOOTH / (variance + SMOOTH)
