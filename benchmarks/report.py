@@ -114,7 +114,7 @@ def _crop(folder: Path, place: Place, ours: codecs.Rival, rivals: list[codecs.Ri
 def _data_uri(pixels: Bytes) -> str:
     """Lossless, in the smallest format that every browser shows."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", lossless=True)
+    Image.fromarray(pixels).save(file, "WEBP", lossless=True, quality=100, method=6)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -77,7 +77,7 @@ def test_ablate_measures_and_saves(tmp_path: Path) -> None:
     for q in (1, 3):
         assert rows[q, "all"]["full"] == pytest.approx(sum(rows[q, stride]["full"] for stride in strides))
     codec = Codec.load(WEIGHTS, device="cpu")
-    data = codec.encode(Image.open(folder / "a.png"), 3, effort=0)
+    data = codec.encode(Image.open(folder / "a.png"), 3, effort=0, tune="psnr")
     chosen, nearest = (result["choice"][choice]["rows"][1] for choice in ("rate-constrained", "nearest"))
     assert chosen["bpp"] == 8 * len(data) / (80 * 64)
     assert nearest["bpp"] > chosen["bpp"]
@@ -97,7 +97,7 @@ def test_ablate_compares_efforts_by_what_the_encoder_minimises(tmp_path: Path) -
     assert list(result["choice"]) == ["nearest", "rate-constrained", "effort 2"]
     codec, picture = Codec.load(WEIGHTS, device="cpu"), Image.open(tmp_path / "a.png")
     for row, base in zip(*(result["choice"][name]["rows"] for name in ("effort 2", "rate-constrained")), strict=True):
-        data = codec.encode(picture, row["quality"], effort=2)
+        data = codec.encode(picture, row["quality"], effort=2, tune="psnr")
         assert row["bpp"] == 8 * len(data) / (80 * 64)
         assert row["psnr"] == psnr(np.array(picture), np.array(codec.decode(data)))
         wanted = (0.01, math.sqrt(0.01 * 0.05))[row["quality"] == 2.5]  # between two levels the mean of their logs

@@ -35,7 +35,9 @@ def test_the_middle_is_at_most_768_pixels_a_side() -> None:
 
 def test_bits_are_those_of_the_walk_over_a_file() -> None:
     codec = Codec.load(WEIGHTS, device="cpu")
-    grids, walked = zip(*codec.indices.examine(container.unpack(codec.encode(Image.open(PHOTO), 2))), strict=True)
+    grids, walked = zip(
+        *codec.indices.examine(container.unpack(codec.encode(Image.open(PHOTO), 2, tune="psnr"))), strict=True
+    )
     level, _ = codec.level_for(2)
     for k, book in enumerate(codec.model.codebooks):
         flags, outcomes = indices.prior_bits(codec.model, k, grids, level)
@@ -86,7 +88,7 @@ def test_entropy_accounts_for_every_byte(tmp_path: Path) -> None:
     assert (result["corpus"]["images"], list(result["corpus"]["skipped"])) == (2, ["broken.png"])
     (level,) = result["levels"]
     codec = Codec.load(WEIGHTS, device="cpu")
-    files = [container.unpack(codec.encode(Image.open(folder / name), 2)) for name in ("a.png", "b.png")]
+    files = [container.unpack(codec.encode(Image.open(folder / name), 2, tune="psnr")) for name in ("a.png", "b.png")]
     assert level["file_bytes"] == level["payload_bytes"] + 2 * level["framing_bytes_per_image"]
     assert level["framing_bytes_per_image"] <= 40
     assert 0 < level["payload_bytes"] - level["ideal_bytes"] <= 2 * 2 * 12  # rANS rounds each payload up to words
