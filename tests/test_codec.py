@@ -461,6 +461,7 @@ def test_what_squared_error_has_in_a_step_is_not_limited_for_the_eye(
     monkeypatch.setattr("vqcodec.codec.visibility", even)
     monkeypatch.setattr("vqcodec.codec.rate_share", even)
     monkeypatch.setattr(refine, "VISUAL_LIMIT", 0.01)
+    monkeypatch.setattr(refine, "STEP_LIMIT", float("inf"))
 
     def grids(tune: Tune, share: float) -> list[Grid]:
         monkeypatch.setattr(refine, "VISUAL_SHARE", share)

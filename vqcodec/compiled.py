@@ -43,6 +43,9 @@ _TAYLOR = [np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7)]  
 _T0, _T1, _T2, _T3, _T4, _T5, _T6 = _TAYLOR
 _LEAST = np.float32(-126)  # of an exponent
 _LOG2E = np.float32(1 / math.log(2))
+# A root divides the exponent, bits 23 to 30; 127 stands for 0, and less 0.05 the error is least.
+_THIRD, _FIFTH = np.float32(1 / 3), np.float32(1 / 5)
+_THIRD_OF_ONE, _FIFTH_OF_ONE = (np.float32((1 - share) * (127 - 0.05) * 2**23) for share in (1 / 3, 1 / 5))
 _ACTIVATION, _STREAM = np.float32(2**ACTIVATION_BITS), np.float32(2**STREAM_BITS)
 _ACTIVATION_LAST, _STREAM_LAST = np.float32(ACTIVATION_MAX), np.float32(STREAM_MAX)
 _GATE = _GATE_LAST = np.float32(GATE_MAX)  # a gate of 1 is open
@@ -51,6 +54,7 @@ _WEIGHT_LAST = np.float32(WEIGHT_MAX)
 _HALF = np.float32(ESCAPE_SIDE // 2)
 _STEP = np.float32(ESCAPE_STEP)
 _CELLS = 64  # whose vectors stay in the nearest cache
+_RUN = 4096  # numbers that are added in float32
 
 _AHEAD: list[tuple[Any, str]] = []
 
@@ -93,6 +97,26 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     f = x - whole
     power = _T0 + f * (_T1 + f * (_T2 + f * (_T3 + f * (_T4 + f * (_T5 + f * _T6)))))
     return power * np.int32((np.int32(whole) + 127) << 23).view(np.float32)
+
+
+@_function
+def _cube_root(x):  # type: ignore[no-untyped-def]
+    """Of a positive float32, to 2e-7: two steps of Halley's from a third of its exponent."""
+    y = np.int32(np.float32(np.float32(x).view(np.int32)) * _THIRD + _THIRD_OF_ONE).view(np.float32)
+    for _ in range(2):
+        cube = y * y * y
+        y *= (cube + 2 * x) / (2 * cube + x)
+    return y
+
+
+@_function
+def _fifth_root(x):  # type: ignore[no-untyped-def]
+    """Of a positive float32, to 2e-7: two steps of Halley's from a fifth of its exponent."""
+    y = np.int32(np.float32(np.float32(x).view(np.int32)) * _FIFTH + _FIFTH_OF_ONE).view(np.float32)
+    for _ in range(2):
+        fifth = y * y * y * y * y
+        y *= (2 * fifth + 3 * x) / (3 * fifth + 2 * x)
+    return y
 
 
 @intrinsic
@@ -481,30 +505,175 @@ def lookup(index, vectors, out):  # type: ignore[no-untyped-def]
                         number //= ESCAPE_SIDE
 
 
-@_kernel("f4[:,:,::1], f4[::1], f4[::1], f4[:,:,::1]")
-def blur(planes, taps, row, out):  # type: ignore[no-untyped-def]
-    """out (n, H, W) float32: planes under an even filter along rows and columns, taps (r,) from its middle
-    outwards; beyond them is zero. row: (2 r - 2 + W,) zeros, used as scratch."""
+# --- SSIMULACRA 2: see its module ---
+
+_TOE, _TOE_SLOPE = np.float32(0.04045), np.float32(1 / 12.92)
+_SHIFT, _SCALE = np.float32(0.055), np.float32(1 / 1.055)
+
+
+@_kernel("f4[::1], f4[::1]")
+def linear_light(x, out):  # type: ignore[no-untyped-def]
+    """sRGB, clipped to 0..1, to linear light."""
+    for k in range(len(x)):
+        value = min(max(x[k], _ZERO), _ONE)
+        t = (max(value, _TOE) + _SHIFT) * _SCALE
+        root = _fifth_root(t)
+        power = t * t * root * root
+        out[k] = value * _TOE_SLOPE if value <= _TOE else power
+
+
+@_kernel("f4[::1], f4[::1], f4[::1]")
+def linear_light_backward(x, gradient, out):  # type: ignore[no-untyped-def]
+    """What is beyond black and white has no gradient."""
+    for k in range(len(x)):
+        t = (max(min(x[k], _ONE), _TOE) + _SHIFT) * _SCALE
+        root = _fifth_root(t)
+        slope = np.float32(2.4) * _SCALE * t * root * root
+        slope = _TOE_SLOPE if x[k] <= _TOE else slope
+        out[k] = gradient[k] * _inside(x[k], _ZERO, _ONE) * slope
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4, f4[:,::1], f4[::1], i8[::1], f4[:,::1]")
+def opponents(rgb, absorbance, bias, mixture, offsets, channels, out):  # type: ignore[no-untyped-def]
+    """out (C, n): channels of XYB, given by number, of linear light (3, n): the mixture (3, 3) of the cube roots of
+    what each cone absorbs, plus the offsets."""
+    red, green, blue = rgb[0], rgb[1], rgb[2]
+    floor = _cube_root(bias)
+    for c in range(len(channels)):
+        out[c] = offsets[channels[c]]
+    for cone in range(3):
+        r, g, b = absorbance[cone, 0], absorbance[cone, 1], absorbance[cone, 2]
+        for c in range(len(channels)):
+            share, target = mixture[channels[c], cone], out[c]
+            if share != 0:
+                for k in range(rgb.shape[1]):
+                    target[k] += share * (_cube_root(r * red[k] + g * green[k] + b * blue[k] + bias) - floor)
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4, f4[:,::1], i8[::1], f4[:,::1], f4[:,::1]")
+def opponents_backward(rgb, absorbance, bias, mixture, channels, gradient, out):  # type: ignore[no-untyped-def]
+    """out (3, n), zeros before, of the gradient (C, n) with respect to what ``opponents`` returns."""
+    red, green, blue = rgb[0], rgb[1], rgb[2]
+    for cone in range(3):
+        r, g, b = absorbance[cone, 0], absorbance[cone, 1], absorbance[cone, 2]
+        for c in range(len(channels)):
+            share, towards = mixture[channels[c], cone] / 3, gradient[c]
+            if share != 0:
+                for k in range(rgb.shape[1]):
+                    root = _cube_root(r * red[k] + g * green[k] + b * blue[k] + bias)
+                    slope = share * towards[k] / (root * root)
+                    out[0, k] += r * slope
+                    out[1, k] += g * slope
+                    out[2, k] += b * slope
+
+
+@_kernel("f4[:,:,::1], f4[::1], f4[:,::1], f4[:,:,::1]")
+def blur(planes, taps, rows, out):  # type: ignore[no-untyped-def]
+    """out (n, H, W) float32: planes under an even filter along rows and columns, taps (5,) from its middle outwards;
+    beyond them is zero. rows: (2, 8 + W), scratch."""
     n, height, width = planes.shape
-    reach = len(taps) - 1
-    middle = row[reach : reach + width]
+    t0, t1, t2, t3, t4 = taps[0], taps[1], taps[2], taps[3], taps[4]
+    rows[:] = 0
+    nothing, middle = rows[0, :width], rows[1]
     for p in range(n):
+        plane = planes[p]
         for i in range(height):
-            source, target = planes[p, i], out[p, i]
+            here, target = plane[i], out[p, i]
+            u1, d1 = plane[i - 1] if i >= 1 else nothing, plane[i + 1] if i + 1 < height else nothing
+            u2, d2 = plane[i - 2] if i >= 2 else nothing, plane[i + 2] if i + 2 < height else nothing
+            u3, d3 = plane[i - 3] if i >= 3 else nothing, plane[i + 3] if i + 3 < height else nothing
+            u4, d4 = plane[i - 4] if i >= 4 else nothing, plane[i + 4] if i + 4 < height else nothing
             for j in range(width):
-                middle[j] = taps[0] * source[j]
-            for k in range(1, reach + 1):
-                if k <= i and i + k < height:
-                    above, below = planes[p, i - k], planes[p, i + k]
-                    for j in range(width):
-                        middle[j] += taps[k] * (above[j] + below[j])
-                elif k <= i or i + k < height:
-                    source = planes[p, i - k if k <= i else i + k]
-                    for j in range(width):
-                        middle[j] += taps[k] * source[j]
+                near = t0 * here[j] + t1 * (u1[j] + d1[j]) + t2 * (u2[j] + d2[j])
+                middle[j + 4] = near + t3 * (u3[j] + d3[j]) + t4 * (u4[j] + d4[j])
             for j in range(width):
-                target[j] = taps[0] * middle[j]
-            for k in range(1, reach + 1):
-                left, right = row[reach - k : reach - k + width], row[reach + k : reach + k + width]
-                for j in range(width):
-                    target[j] += taps[k] * (left[j] + right[j])
+                near = t0 * middle[j + 4] + t1 * (middle[j + 3] + middle[j + 5]) + t2 * (middle[j + 2] + middle[j + 6])
+                target[j] = near + t3 * (middle[j + 1] + middle[j + 7]) + t4 * (middle[j] + middle[j + 8])
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4[:,:,::1]")
+def powers(x, y, out):  # type: ignore[no-untyped-def]
+    """out (3, n, pixels), of two sets of planes (n, pixels): the difference y - x, x^2 + y^2, and (y - x)^2."""
+    for p in range(len(x)):
+        original, decoded = x[p], y[p]
+        difference, energy, power = out[0, p], out[1, p], out[2, p]
+        for k in range(x.shape[1]):
+            d = decoded[k] - original[k]
+            difference[k] = d
+            energy[k] = original[k] * original[k] + decoded[k] * decoded[k]
+            power[k] = d * d
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4[:,:,::1], f4[:,::1]")
+def powers_backward(x, y, towards, out):  # type: ignore[no-untyped-def]
+    """To out (n, pixels), what is there, is added what the gradient (3, n, pixels) of ``powers`` is in y."""
+    for p in range(len(x)):
+        original, decoded, target = x[p], y[p], out[p]
+        difference, energy, power = towards[0, p], towards[1, p], towards[2, p]
+        for k in range(x.shape[1]):
+            squares = decoded[k] * energy[k] + (decoded[k] - original[k]) * power[k]
+            target[k] += difference[k] + 2 * squares
+
+
+@_function
+def _structure(shift, energy, power, mean, c2):  # type: ignore[no-untyped-def]
+    """1 - SSIM as ``Ssimulacra2.norms`` has it, its change, the decoded picture's mean and 1 / (s11 + s22 + C2)."""
+    there, square = mean + shift, shift * shift
+    inverse = 1 / (energy - mean * mean - there * there + c2)
+    change = (power - square) * inverse
+    return square + (1 - square) * change, change, there, inverse
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4[:,::1], f4[:,:,::1], f4, f8[:,::1]")
+def maps(y, mean, edge, blurred, c2, out):  # type: ignore[no-untyped-def]
+    """out (n, 6): sums of the three maps of each plane (n, pixels), and of their fourth powers."""
+    for p in range(len(y)):
+        decoded, middle, edges = y[p], mean[p], edge[p]
+        difference, energy, power = blurred[0, p], blurred[1, p], blurred[2, p]
+        out[p] = 0
+        for first in range(0, y.shape[1], _RUN):
+            a = b = c = a4 = b4 = c4 = _ZERO
+            for k in range(first, min(first + _RUN, y.shape[1])):
+                structure, _, there, _ = _structure(difference[k], energy[k], power[k], middle[k], c2)
+                structure = max(structure, _ZERO)
+                contrast = (abs(decoded[k] - there) - edges[k]) / (1 + edges[k])
+                ringing, blurring = max(contrast, _ZERO), max(-contrast, _ZERO)
+                a += structure
+                b += ringing
+                c += blurring
+                a4 += structure * structure * structure * structure
+                b4 += ringing * ringing * ringing * ringing
+                c4 += blurring * blurring * blurring * blurring
+            out[p, 0] += a
+            out[p, 1] += b
+            out[p, 2] += c
+            out[p, 3] += a4
+            out[p, 4] += b4
+            out[p, 5] += c4
+
+
+@_kernel("f4[:,::1], f4[:,::1], f4[:,::1], f4[:,:,::1], f4, f4[:,::1], f4[:,:,::1], f4[:,::1]")
+def maps_backward(y, mean, edge, blurred, c2, towards, to_blurred, to_y):  # type: ignore[no-untyped-def]
+    """towards (n, 6): the gradient with respect to the sums of ``maps``. to_blurred (3, n, pixels), to_y (n, pixels):
+    what it is in their arguments."""
+    for p in range(len(y)):
+        decoded, middle, edges = y[p], mean[p], edge[p]
+        difference, energy, power = blurred[0, p], blurred[1, p], blurred[2, p]
+        to_difference, to_energy, to_power, direct = to_blurred[0, p], to_blurred[1, p], to_blurred[2, p], to_y[p]
+        a, b, c = towards[p, 0], towards[p, 1], towards[p, 2]
+        a4, b4, c4 = 4 * towards[p, 3], 4 * towards[p, 4], 4 * towards[p, 5]
+        for k in range(y.shape[1]):
+            shift = difference[k]
+            structure, change, there, inverse = _structure(shift, energy[k], power[k], middle[k], c2)
+            slope = a + a4 * structure * structure * structure if structure > 0 else _ZERO
+            rest = slope * (1 - shift * shift)
+            away = decoded[k] - there
+            contrast = (abs(away) - edges[k]) / (1 + edges[k])
+            cube = contrast * contrast * contrast
+            steep = b + b4 * cube if contrast > 0 else c4 * cube - c
+            direct[k] = (steep if away > 0 else -steep) / (1 + edges[k])
+            to_power[k] = rest * inverse
+            to_energy[k] = -rest * change * inverse
+            to_difference[k] = (
+                2 * shift * slope * (1 - change) + 2 * rest * inverse * (there * change - shift) - direct[k]
+            )

@@ -33,6 +33,7 @@ Source: tools/ssimulacra2.cc and tools/gauss_blur.cc of https://github.com/libjx
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +49,12 @@ TAPS = (0.26462110, 0.21292859, 0.10933537, 0.03601111, 0.00941437)  # of the Ga
 # Linear light to the responses of the cones, libjxl's opsin_params.h.
 ABSORBANCE = ((0.3, 0.622, 0.078), (0.23, 0.692, 0.078), (0.24342268924547819, 0.20476744424496821, 0.5518098665095536))
 BIAS = 0.0037930732552754493
+# X, Y and B - Y of the cube roots of these, scaled to about 0..1.
+MIXTURE = ((7.0, -7.0, 0.0), (0.5, 0.5, 0.0), (-0.5, -0.5, 1.0))
+OFFSETS = (0.42, 0.01, 0.55)
+# As compiled code takes them.
+_ABSORBANCE, _MIXTURE, _OFFSETS = (np.array(numbers, np.float32) for numbers in (ABSORBANCE, MIXTURE, OFFSETS))
+_BIAS, _C2 = np.float32(BIAS), np.float32(C2)
 
 # By channel and scale: the 1-norm of structure, ringing and blur, then their 4-norm.
 # fmt: off
@@ -127,19 +134,20 @@ class Ssimulacra2(nn.Module):
 
     def _scales(self, x: Tensor) -> Iterator[tuple[list[slice], Tensor]]:
         """Of each scale that counts the weights of its channels and their planes, (B, C, H, W)."""
-        x, count = linear_light(x.to(self.weights.dtype).clamp(0, 1)), scale_count(*x.shape[-2:])
+        x, count = linear_light(x.to(self.weights.dtype)), scale_count(*x.shape[-2:])
         for scale in range(count):
             if scale > 0:
                 x = F.avg_pool2d(x, 2, ceil_mode=True)  # at an odd side, of what is there
             rows = [slice(start, start + 6) for start in range(6 * scale, 18 * count, 6 * count)]
             channels = [c for c, row in enumerate(rows) if max(WEIGHTS[row]) > NEGLIGIBLE]
             if channels:
-                opponent = xyb(x)
-                yield [rows[c] for c in channels], torch.stack([opponent[c] for c in channels], 1)
+                yield [rows[c] for c in channels], xyb(x, channels)
 
     def norms(self, original: Planes, decoded: Tensor) -> Tensor:
         """1-norm and 4-norm of the three maps of one scale: planes (B, C, H, W) to (B, C, 2 norms * 3 maps)."""
         x, mean, edge = original
+        if _compiled(decoded) and not x.requires_grad:
+            return _Norms.apply(x, mean, edge, decoded, self.taps)
         difference = decoded - x
         energy = x.square() + decoded.square()
         shift, energy, power = self.blur(torch.cat([difference, energy, difference.square()], 1)).chunk(3, 1)
@@ -149,14 +157,13 @@ class Ssimulacra2(nn.Module):
         structure = (shift.square() + (1 - shift.square()) * change).clamp(min=0)
         contrast = ((decoded - decoded_mean).abs() - edge) / (1 + edge)
         maps = torch.stack([structure, contrast.clamp(min=0), (-contrast).clamp(min=0)], 2)
-        fourth = (maps.square().square().mean((-2, -1)) + TINY) ** 0.25 - TINY**0.25
-        return torch.cat([maps.mean((-2, -1)), fourth], 2)
+        return torch.cat([maps.mean((-2, -1)), _fourth_root(maps.square().square().mean((-2, -1)))], 2)
 
     def blur(self, x: Tensor) -> Tensor:
         """Every plane by itself."""
         planes = x.flatten(0, -3)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            return _Blur.apply(planes, self.taps).view_as(x)
+        if _compiled(x) and not x.requires_grad:
+            return _blurred(planes, self.taps).view_as(x)
         # Depthwise, because such a convolution is in full precision on a GPU as well.
         reach = len(TAPS) - 1
         across = torch.cat([self.taps.flip(0)[:-1], self.taps]).expand(len(planes), 1, 1, -1)
@@ -164,20 +171,91 @@ class Ssimulacra2(nn.Module):
         return F.conv2d(planes, across.mT, padding=(reach, 0), groups=planes.shape[1]).view_as(x)
 
 
-class _Blur(torch.autograd.Function):
+def _compiled(x: Tensor) -> bool:
+    """Whether compiled code takes the place of torch's."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _fourth_root(means: Tensor) -> Tensor:
+    return (means + TINY) ** 0.25 - TINY**0.25
+
+
+def _blurred(planes: Tensor, taps: Tensor) -> Tensor:
     """Planes (n, H, W) under taps from the middle outwards. Such a filter is its own transpose."""
+    out = torch.empty_like(planes, memory_format=torch.contiguous_format)
+    rows = planes.new_empty(2, planes.shape[2] + 2 * len(taps) - 2)
+    compiled.blur(planes.detach().contiguous().numpy(), taps.numpy(), rows.numpy(), out.numpy())
+    return out
+
+
+class _Norms(torch.autograd.Function):
+    """``Ssimulacra2.norms``, differentiable in the decoded planes alone."""
 
     @staticmethod
-    def forward(ctx: Any, planes: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(taps)
-        out = planes.new_empty(planes.shape)
-        row = planes.new_zeros(planes.shape[2] + 2 * len(taps) - 2)
-        compiled.blur(*(x.detach().contiguous().numpy() for x in (planes, taps, row)), out.numpy())
+    def forward(ctx: Any, x: Tensor, mean: Tensor, edge: Tensor, decoded: Tensor, taps: Tensor) -> Tensor:
+        ctx.shape = b, c, h, w = decoded.shape
+        x, mean, edge, y = (planes.detach().contiguous().view(b * c, h * w) for planes in (x, mean, edge, decoded))
+        spread, sums = y.new_empty(3, b * c, h * w), y.new_empty(b * c, 6, dtype=torch.float64)
+        compiled.powers(x.numpy(), y.numpy(), spread.numpy())
+        blurred = _blurred(spread.view(-1, h, w), taps).view_as(spread)
+        compiled.maps(y.numpy(), mean.numpy(), edge.numpy(), blurred.numpy(), _C2, sums.numpy())
+        means, fourths = (sums / (h * w)).float().view(b, c, 6).chunk(2, 2)
+        ctx.save_for_backward(x, mean, edge, y, blurred, fourths, taps)
+        return torch.cat([means, _fourth_root(fourths)], 2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, edge, y, blurred, fourths, taps = ctx.saved_tensors
+        b, c, h, w = ctx.shape
+        to_means, to_roots = gradient.chunk(2, 2)
+        to_sums = torch.cat([to_means, to_roots * 0.25 * (fourths + TINY) ** -0.75], 2).view(b * c, 6) / (h * w)
+        to_blurred, to_y = torch.empty_like(blurred), torch.empty_like(y)
+        arrays = (planes.numpy() for planes in (y, mean, edge, blurred))
+        compiled.maps_backward(*arrays, _C2, to_sums.numpy(), to_blurred.numpy(), to_y.numpy())
+        to_spread = _blurred(to_blurred.view(-1, h, w), taps).view_as(blurred)
+        compiled.powers_backward(x.numpy(), y.numpy(), to_spread.numpy(), to_y.numpy())
+        return None, None, None, to_y.view(ctx.shape), None
+
+
+class _LinearLight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.detach().contiguous()
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        compiled.linear_light(x.view(-1).numpy(), out.view(-1).numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        compiled.linear_light_backward(x.view(-1).numpy(), gradient.contiguous().view(-1).numpy(), out.view(-1).numpy())
+        return out
+
+
+class _Opponents(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rgb: Tensor, channels: list[int]) -> Tensor:
+        rgb = rgb.detach().contiguous()
+        ctx.save_for_backward(rgb)
+        ctx.channels = np.array(channels)
+        out = rgb.new_empty(len(rgb), len(channels), *rgb.shape[2:])
+        for source, target in zip(rgb.flatten(2), out.flatten(2), strict=True):
+            compiled.opponents(source.numpy(), _ABSORBANCE, _BIAS, _MIXTURE, _OFFSETS, ctx.channels, target.numpy())
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Blur.apply(gradient, *ctx.saved_tensors), None
+        (rgb,) = ctx.saved_tensors
+        out = torch.zeros_like(rgb)
+        for source, towards, target in zip(
+            rgb.flatten(2), gradient.contiguous().flatten(2), out.flatten(2), strict=True
+        ):
+            compiled.opponents_backward(
+                source.numpy(), _ABSORBANCE, _BIAS, _MIXTURE, ctx.channels, towards.numpy(), target.numpy()
+            )
+        return out, None
 
 
 def scale_count(height: int, width: int) -> int:
@@ -189,18 +267,22 @@ def scale_count(height: int, width: int) -> int:
 
 
 def linear_light(x: Tensor) -> Tensor:
-    """sRGB in 0..1 to linear RGB."""
+    """sRGB, clipped to 0..1, to linear RGB."""
+    if _compiled(x):
+        return _LinearLight.apply(x)
+    x = x.clamp(0, 1)
     return torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
 
 
-def xyb(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear RGB (B, 3, H, W) to X, Y and B - Y, (B, H, W) each, scaled to about 0..1."""
+def xyb(rgb: Tensor, channels: Sequence[int] = (0, 1, 2)) -> Tensor:
+    """Linear RGB (B, 3, H, W) to some of X, Y and B - Y, scaled to about 0..1: (B, C, H, W)."""
+    if _compiled(rgb):
+        return _Opponents.apply(rgb, channels)
     r, g, b = rgb.unbind(1)
-    long, middle, short = (
-        (r * row[0] + g * row[1] + b * row[2] + BIAS) ** (1 / 3) - BIAS ** (1 / 3) for row in ABSORBANCE
+    cones = [(r * row[0] + g * row[1] + b * row[2] + BIAS) ** (1 / 3) - BIAS ** (1 / 3) for row in ABSORBANCE]
+    return torch.stack(
+        [sum(share * cone for share, cone in zip(MIXTURE[c], cones, strict=True)) + OFFSETS[c] for c in channels], 1
     )
-    luma = (long + middle) / 2
-    return 7 * (long - middle) + 0.42, luma + 0.01, short - luma + 0.55
 
 
 def score(distance: Tensor) -> Tensor:

@@ -38,13 +38,16 @@ class Drawn(NamedTuple):
             compiled.paint(details.numpy(), linear.numpy(), target.numpy())
         return out.permute(0, 3, 1, 2)
 
+    def parts(self, gradient: Tensor) -> "Drawn":
+        """A gradient in the picture, (B, 3, H, W), as one in either part."""
+        to_details = F.pixel_unshuffle(gradient, _size(self.details)).to(self.details.dtype)
+        return Drawn(to_details, None if self.linear is None else F.pixel_unshuffle(gradient, _size(self.linear)))
+
     def error_gradient(self, pixels: Tensor) -> "Drawn":
         """The gradient of the squared error against pixels (B, 3, H, W) uint8, of samples in 0..1, to which what is
         drawn is clipped; that of clipping is taken as 1."""
         if self.linear is None or self.details.device.type != "cpu":
-            error = 2 * (self.image.clamp(0, 1) - pixels.float() / 255)
-            to_details = F.pixel_unshuffle(error, _size(self.details)).to(self.details.dtype)
-            return Drawn(to_details, None if self.linear is None else F.pixel_unshuffle(error, _size(self.linear)))
+            return self.parts(2 * (self.image.clamp(0, 1) - pixels.float() / 255))
         details, linear = _rows(self.details), _rows(self.linear)
         to_details, to_linear = torch.empty_like(details), torch.empty_like(linear)
         for *parts, target in zip(details, linear, to_details, to_linear, _samples(pixels), strict=True):
