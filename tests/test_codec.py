@@ -474,6 +474,17 @@ def test_what_squared_error_has_in_a_step_is_not_limited_for_the_eye(
     assert not all(map(np.array_equal, plain, grids("visual", 0.5)))
 
 
+def test_without_a_linear_path_the_fit_for_the_eye_is_that_by_squared_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_weights(WEIGHTS)
+    torch.manual_seed(0)
+    encoder = PictureEncoder(Codec(VQVAE(replace(model.config, linear_path=False))), from_pil(Image.open(PHOTO)))
+    encoder.encode(2)
+    fitted = encoder.grids
+    monkeypatch.setattr(refine, "VISUAL_SHARE", 0.9)
+    encoder.encode(2)
+    assert all(map(np.array_equal, fitted, encoder.grids))
+
+
 def test_an_unknown_tune_is_refused(codec: Codec) -> None:
     with pytest.raises(ValueError, match="'ear' is not one of psnr, visual"):
         codec.encode(Image.open(PHOTO), 2, tune="ear")  # type: ignore[arg-type]

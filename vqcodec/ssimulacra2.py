@@ -236,10 +236,10 @@ class _LinearLight(torch.autograd.Function):
 
 class _Opponents(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rgb: Tensor, channels: list[int]) -> Tensor:
+    def forward(ctx: Any, rgb: Tensor, channels: Sequence[int]) -> Tensor:
         rgb = rgb.detach().contiguous()
         ctx.save_for_backward(rgb)
-        ctx.channels = np.array(channels)
+        ctx.channels = np.array(channels, np.int64)
         out = rgb.new_empty(len(rgb), len(channels), *rgb.shape[2:])
         for source, target in zip(rgb.flatten(2), out.flatten(2), strict=True):
             compiled.opponents(source.numpy(), _ABSORBANCE, _BIAS, _MIXTURE, _OFFSETS, ctx.channels, target.numpy())
