@@ -363,7 +363,9 @@ class PictureEncoder:
         self.grids, context, finest = [], None, len(model.codebooks) - 1
         with inference(codec.device):
             variance = self._variance
-            rate_weights = rate_weight / (visibility(variance) if self.visual else torch.ones_like(variance))
+            rate_weights = torch.full_like(variance, rate_weight)
+            if self.visual and rate_weight:
+                rate_weights /= visibility(variance, model.config.lambda_at(row) / rate_weight)
             smooth = smoothness(variance)
             for k in range(len(model.codebooks)):
 

@@ -103,9 +103,13 @@ class ModelConfig:
     def rate_constrained(self) -> bool:
         return self.lambdas[0] > 0
 
+    def lambda_at(self, row: int) -> float:
+        """That of a row of the gains."""
+        return self.lambdas[row % self.levels]
+
     def sample_bits(self, row: int) -> float:
         """Bits that a squared error of 1 in one sample of 0..1 is worth at a row of the gains."""
-        return self.lambdas[row % self.levels] * 255**2 / 3
+        return self.lambda_at(row) * 255**2 / 3
 
     def halo(self, k: int, part: Literal["features", "latents", "decoder", "fit"]) -> int:
         """Pixels, a multiple of the stride: nothing that a part of grid k computes depends on inputs further away.

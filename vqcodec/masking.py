@@ -1,13 +1,17 @@
 """What the eye overlooks, and what it does not: errors show in the flat parts of a picture, less where texture hides
 them, and most where a flat part is off as a whole."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
 # What an error costs by SSIMULACRA 2 falls about as (variance + 60)^-0.5, measured along the errors of files. Less than
 # that is taken: it costs PSNR, and Butteraugli does not agree with the whole of it.
 STRENGTH = 0.2
-FLOOR = 60.0  # of the variance, in squared grey levels
+# Errors hide each other, too: the floor of the variance, in squared grey levels, is this over the root of lambda, some
+# 2.4 times the squared error of a file.
+FLOOR = 8.0
 REFERENCE = 750.0  # where an error counts as by squared error: files are about as large as those for that
 MOST = 3.0
 
@@ -23,9 +27,11 @@ def variance(pixels: Tensor, cell: int) -> Tensor:
     return F.avg_pool2d(F.pad(within, (1, 1, 1, 1), "replicate"), 3, 1)
 
 
-def visibility(variance: Tensor) -> Tensor:
-    """How much an error in each cell counts for the eye, compared with squared error, from 1 / MOST to MOST."""
-    return ((REFERENCE + FLOOR) / (variance + FLOOR)).pow(STRENGTH).clamp(1 / MOST, MOST)
+def visibility(variance: Tensor, lambda_: float) -> Tensor:
+    """How much an error in each cell counts for the eye, compared with squared error, from 1 / MOST to MOST. lambda_:
+    weight of the squared error against the bits, positive."""
+    floor = FLOOR / math.sqrt(lambda_)
+    return ((REFERENCE + floor) / (variance + floor)).pow(STRENGTH).clamp(1 / MOST, MOST)
 
 
 def smoothness(variance: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ RATES_LAST = 3  # steps until the prior is asked anew, from the second on
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.7 does as well by it and costs more PSNR
 VISUAL_LIMIT = 1.25  # of what that distance has in g / 2, in each channel by the linear path
 VISUAL_RANK = 0.2  # directions of that path with less than this share of the largest singular value are left out
-STEP_LIMIT = 3.0  # of g / 2 for the eye, in each channel: single cells still overshoot
+STEP_LIMIT = 5.0  # of g / 2 for the eye, in each channel: single cells still overshoot
 
 
 @torch.inference_mode(False)
