@@ -102,6 +102,12 @@ def test_prose_rounds_the_committed_results() -> None:
     assert f"level 8 ends at {high['psnr']:.1f} dB on Kodak, at {high['bpp']:.1f} bits per pixel" in readme
     assert f"{rates['jpeg']:.1f} % against JPEG and {rates['webp']:.1f} % against WebP" in card
     assert f"from {low['psnr']:.1f} to {high['psnr']:.1f} dB" in card
+    psnr, seen = (
+        [results("screens")["bd_rate"][metric][name]["percent"] for name in ("webp", "avif-444-psnr")]
+        for metric in ("psnr", "ssimulacra2")
+    )
+    assert f"is {psnr[0]:+.1f} % against WebP and {psnr[1]:+.0f} % against AVIF by PSNR" in readme
+    assert f"{seen[0]:+.1f} % and {seen[1]:+.0f} % by SSIMULACRA 2" in readme
 
 
 @pytest.mark.parametrize("name, images", [("kodak", 24), ("kodak-visual", 24), ("valid", 32), ("valid-visual", 32)])
@@ -162,5 +168,8 @@ def test_the_effort_table_is_that_of_the_committed_results() -> None:
 
 def test_all_committed_results_are_of_the_shipped_weights() -> None:
     shipped = fingerprint(load_weights()).hex()
-    for name in ("kodak", "kodak-visual", "valid", "valid-visual", "speed", "speed-psnr", "ablate", "entropy"):
+    for name in (
+        *("kodak", "kodak-visual", "valid", "valid-visual", "screens"),
+        *("speed", "speed-psnr", "ablate", "entropy"),
+    ):
         assert results(name)["machine"]["fingerprint"] == shipped, name
