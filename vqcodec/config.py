@@ -104,7 +104,7 @@ class ModelConfig:
         return self.lambdas[0] > 0
 
     def lambda_at(self, row: int) -> float:
-        """That of a row of the gains."""
+        """Lambda of a row of the gains."""
         return self.lambdas[row % self.levels]
 
     def sample_bits(self, row: int) -> float:
