@@ -24,6 +24,8 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
 from vqcodec.training.trainer import (
     BLOCK_RATE,
+    SETTLED,
+    VISUAL_RATE,
     Average,
     Measured,
     Run,
@@ -36,6 +38,7 @@ from vqcodec.training.trainer import (
     optimizers,
     rate_weight,
     train,
+    with_two_banks,
     without_denormals,
 )
 from vqcodec.weights import load_weights, to_file
@@ -327,6 +330,16 @@ def test_residual_blocks_learn_more_slowly() -> None:
     }
     block, down = model.analysis[0].blocks[0], model.down[0]
     assert rates[id(block.a.weight)] == rates[id(block.b.weight)] == BLOCK_RATE * rates[id(down.weight)]
+
+
+def test_a_bank_that_goes_on_learns_more_slowly_than_a_new_one() -> None:
+    model = with_two_banks(VQVAE(TINY))
+    (adam,) = optimizers(model, "visual")
+    assert {group["lr"] for group in adam.param_groups} == {VISUAL_RATE}
+    with torch.no_grad():
+        model.latents[-1].log_inverse[-1] += 0.01
+    (adam,) = optimizers(model, "visual")
+    assert {group["lr"] for group in adam.param_groups} == {SETTLED * VISUAL_RATE}
 
 
 def test_training_flushes_denormals_and_the_caller_does_not() -> None:

@@ -56,8 +56,9 @@ Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
-VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``
-FINISH_RATE = 0.3  # factor on both in the stage ``finish``
+VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
+SETTLED = 0.125  # factor on it for a bank that goes on
+FINISH_RATE = 0.05  # factor on both in the stage ``finish``: at more of it codes come to cost more than they bring
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
 WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
 COOLDOWN, LONG_COOLDOWN = 0.3, 0.8  # the last part of the run, in which the learning rate falls to FLOOR of its value
@@ -152,6 +153,12 @@ def with_two_banks(model: VQVAE) -> VQVAE:
     return grown
 
 
+def bank_rate(model: VQVAE) -> float:
+    """Adam's rate for the second bank of a model, by whether it is still a copy of the first one."""
+    new = all(torch.equal(*latent.log_inverse.chunk(2)) for latent in model.latents)
+    return VISUAL_RATE if new else SETTLED * VISUAL_RATE
+
+
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
     hidden: dict[tuple[int, float], list[Tensor]] = {}
@@ -177,7 +184,8 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
             (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
     factor = FINISH_RATE if stage == "finish" else 1.0
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
-    adam = torch.optim.Adam(rest, VISUAL_RATE if stage == "visual" else factor * ADAM_RATE, betas=(0.9, 0.99))
+    rate = bank_rate(model) if stage == "visual" else factor * ADAM_RATE
+    adam = torch.optim.Adam(rest, rate, betas=(0.9, 0.99))
     if books:
         adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
     return [Muon(matrices, factor * MUON_RATE), adam] if matrices else [adam]
