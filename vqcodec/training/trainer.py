@@ -184,8 +184,8 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
             (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
     factor = FINISH_RATE if stage == "finish" else 1.0
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
-    rate = bank_rate(model) if stage == "visual" else factor * ADAM_RATE
-    adam = torch.optim.Adam(rest, rate, betas=(0.9, 0.99))
+    adam_rate = bank_rate(model) if stage == "visual" else factor * ADAM_RATE
+    adam = torch.optim.Adam(rest, adam_rate, betas=(0.9, 0.99))
     if books:
         adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
     return [Muon(matrices, factor * MUON_RATE), adam] if matrices else [adam]
