@@ -1086,10 +1086,10 @@ _path = click.Path(path_type=Path)
 @click.option("-o", "--output", metavar="RUN", type=_path, required=True, help="Folder to write.")
 @click.option(
     "--stage",
-    type=click.Choice(["vqvae", "joint", "finish", "prior", "visual"]),
+    type=click.Choice(["vqvae", "joint", "finish", "distill", "prior", "visual"]),
     default="vqvae",
-    help="Everything from scratch, everything from trained weights, all that reads codes, only the priors, or the "
-    "gains and biases of --tune visual.",
+    help="Everything from scratch, everything from trained weights, all that reads codes, the encoder's last layers, "
+    "only the priors, or the gains and biases of --tune visual.",
 )
 @click.option(
     "--config",

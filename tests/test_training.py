@@ -28,6 +28,7 @@ from vqcodec.training.trainer import (
     VISUAL_RATE,
     Average,
     Measured,
+    Objective,
     Run,
     Stage,
     Sums,
@@ -166,6 +167,21 @@ def test_the_last_mile_leaves_the_encoder_as_it_is(images: Path, tmp_path: Path)
     # What autocast has cast for the fit, which has no gradients, it must not take again.
     assert {name for name in before if name.startswith(("join.", "tail.", "expect."))} <= changed
     assert not [name for name in changed if ".project." in name or name.endswith(".log_gain")]
+
+
+def test_the_encoder_comes_to_say_what_the_fit_makes_of_its_latents(images: Path, tmp_path: Path) -> None:
+    before = load_weights(WEIGHTS)
+    after = train(run(images, tmp_path / "r", stage="distill", start=WEIGHTS, steps=60), quiet)
+    changed = {name for name, x in after.state_dict().items() if not torch.equal(before.state_dict()[name], x)}
+    encoder = ("merge.1.", "coefficients.1.", "latents.1.project.", "latents.1.log_gain")
+    assert changed == {name for name in after.state_dict() if name.startswith(encoder)}
+    crops = Crops([(Cache(images, tmp_path / "cache"), 1.0)], 64, torch.device("cpu")).draw(8, 64)
+
+    def loss(model: VQVAE) -> float:
+        torch.manual_seed(0)  # the same levels
+        return Objective(model.eval(), "distill", crops.device)(model, crops, 0, 0.5).loss.item()
+
+    assert loss(after) < loss(before)
 
 
 def test_learning_from_latents_goes_on_from_vectors_that_learned_from_the_loss() -> None:

@@ -98,8 +98,8 @@ class Latent(nn.Module):
         return (codes + self.null[level][:, :, None, None]) * self.log_inverse[level].exp()[:, :, None, None]
 
 
-# Latents (B, M * d, h, w) of the finest grid, the context and the coarser grids' indices -> better latents, and what
-# the rates count for in each cell, (B, 1, h, w).
+# Latents (B, M * d, h, w) of the finest grid, the context and the coarser grids' indices -> better latents, without a
+# gradient, and what the rates count for in each cell, (B, 1, h, w).
 Fit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -114,11 +114,13 @@ class Rates(NamedTuple):
 
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
-    penalty: (B,), commitment, codebook and rate gradients, in bits."""
+    penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the finest latents from
+    what a fit makes of them, 0 without one."""
 
     x_hat: Tensor
     bits: Tensor
     penalty: Tensor
+    distance: Tensor
 
 
 class Base(NamedTuple):
@@ -322,7 +324,7 @@ class VQVAE(nn.Module):
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
-        the latents of the finest grid; then code vectors learn from the image, and latents do not.
+        the latents of the finest grid; then code vectors learn from the image, and latents only from the distance.
 
         The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
         backward pass is the most expensive part of a step.
@@ -330,7 +332,7 @@ class VQVAE(nn.Module):
         context: Tensor | None = None
         seen: Tensor | None = None
         n = (len(x) + 1) // 2
-        bits, penalty = [], x.new_zeros(x.shape[0])
+        bits, penalty, distance = [], x.new_zeros(len(x)), x.new_zeros(len(x))
         known: list[Tensor] = []
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, x, features, context, level)
@@ -338,7 +340,9 @@ class VQVAE(nn.Module):
             condition = None if stack is None or seen is None else stack(seen, level)
             weight: float | Tensor = rate_weight
             if fit and self._finest(k):
-                z, weight = fit(z, context, known)
+                fitted, weight = fit(z, context, known)
+                distance = (z - fitted).pow(2).sum((1, 2, 3))
+                z = fitted
             index, straight, loss = self.quantize(k, z, condition, level, weight)
             known.append(index)
             if fit:
@@ -353,7 +357,7 @@ class VQVAE(nn.Module):
                 straight = straight * ~dropped[:, None, None, None]
             context = self.decode_grid(k, straight, context, level)
         assert context is not None
-        return Output(context, torch.stack(bits), penalty)
+        return Output(context, torch.stack(bits), penalty, distance)
 
     def code_lengths(self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
         """Bits of grid k, (B,), differentiable in the prior's parameters; arguments as of ``bits``."""

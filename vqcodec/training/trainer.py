@@ -1,4 +1,4 @@
-"""Training: one loop for five stages, on one process or many, on CPUs or GPUs.
+"""Training: one loop for six stages, on one process or many, on CPUs or GPUs.
 
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
@@ -8,7 +8,10 @@ joint      everything, from trained weights      1
 finish     the decoder, its code vectors and     1, less where smooth
            the priors, on what a fixed encoder
            makes of the fit: the last mile
-prior      the priors, on such codes             1
+distill    the encoder's last layers for the     1, less where smooth
+           finest grid, to say at once what
+           the fit makes of their latents
+prior      the priors                                1
 visual     the gains and biases for the eye,     1
            which no other stage touches
 =========  ====================================  =================================
@@ -16,10 +19,11 @@ visual     the gains and biases for the eye,     1
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
-gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stage ``finish`` the
-latents are fitted as the encoder does it at the default effort; all other stages learn from its first guess. The last
-part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest levels
-alone.
+gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish`` and
+``distill`` the latents are fitted as the encoder does it at the default effort; all other stages learn from its first
+guess. The loss of ``distill`` is the squared distance of that guess from what the fit makes of it, weighted as above.
+The last part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest
+levels alone.
 
 A step waits for nothing that a GPU computes: what the log needs is added up there and read with each row.
 """
@@ -52,7 +56,8 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
 from vqcodec.weights import load_weights, save_weights
 
-Stage = Literal["vqvae", "joint", "finish", "prior", "visual"]
+Stage = Literal["vqvae", "joint", "finish", "distill", "prior", "visual"]
+FITTED: tuple[Stage, ...] = ("finish", "distill")  # stages whose latents are fitted
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
@@ -60,6 +65,7 @@ VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
 SETTLED = 0.125  # factor on it for a bank that goes on
 FINISH_RATE = 0.05  # factor on both in the stage ``finish``: at more of it codes come to cost more than they bring
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
+DISTILL_RATE = 0.3  # factor on both in the stage ``distill``
 WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
 COOLDOWN, LONG_COOLDOWN = 0.3, 0.8  # the last part of the run, in which the learning rate falls to FLOOR of its value
 FLOOR = 0.001
@@ -98,9 +104,9 @@ class Run:
 
 def learning_rate(progress: float, step: int, stage: Stage) -> float:
     """Factor of the learning rate: warm up, hold, fall as a cosine."""
-    cooldown = LONG_COOLDOWN if stage == "finish" else COOLDOWN
+    cooldown = LONG_COOLDOWN if stage in FITTED else COOLDOWN
     fall = max(0.0, (progress - 1 + cooldown) / cooldown)
-    return min(1.0, (step + 1) / (SHORT_WARM_UP if stage in ("finish", "visual") else WARM_UP)) * (
+    return min(1.0, (step + 1) / (SHORT_WARM_UP if stage in (*FITTED, "visual") else WARM_UP)) * (
         FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
     )
 
@@ -134,6 +140,9 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
     if stage == "finish":
         encoder = name.startswith(("stem.", "down.", "analysis.", "merge.", "coefficients."))
         return not (encoder or ".project." in name or name.endswith(".log_gain"))
+    if stage == "distill":
+        parts = ("merge.{}.", "coefficients.{}.", "latents.{}.project.", "latents.{}.log_gain")
+        return name.startswith(tuple(part.format(len(model.codebooks) - 1) for part in parts))
     return name.startswith("priors.")
 
 
@@ -182,7 +191,7 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         else:
             rate = BLOCK_RATE if id(p) in blocks else 1.0
             (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
-    factor = FINISH_RATE if stage == "finish" else 1.0
+    factor = {"finish": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
     adam_rate = bank_rate(model) if stage == "visual" else factor * ADAM_RATE
     adam = torch.optim.Adam(rest, adam_rate, betas=(0.9, 0.99))
@@ -348,7 +357,7 @@ class Objective:
         level = levels_for(len(x), first, config.levels, self.device) + (config.levels if eye else 0)
         dropped = torch.rand(len(x), device=self.device) < DROPPED
         with torch.autocast(self.device.type, torch.bfloat16):
-            fit = encoder_fit(self.model, x, level, self.scales[level] / 3) if self.stage == "finish" else None
+            fit = encoder_fit(self.model, x, level, self.scales[level] / 3) if self.stage in FITTED else None
             out = network(x, level, rate_weight(self.stage, step, config), dropped, fit)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
         x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
@@ -359,6 +368,8 @@ class Objective:
         bpp = out.bits.sum(0) / pixels
         loss = (self.weights[level] * (distortion + out.penalty / pixels)).mean()
         loss = loss + (self.weights[level[: len(bpp)]] * bpp).mean()
+        if self.stage == "distill":
+            loss = (self.weights[level] * out.distance / pixels).mean()
         return Measured(loss, level, (~dropped).float(), mse, bpp)
 
 
@@ -480,7 +491,7 @@ def prepared(run: Run, device: torch.device) -> VQVAE:
     model.requires_grad_(True)
     for book in model.codebooks:
         book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
-    if run.stage in ("finish", "prior"):
+    if run.stage in (*FITTED, "prior"):
         model.codebooks.eval()  # they have nothing to learn from latents
     for book in model.codebooks:
         book.fixed = run.stage == "visual"
