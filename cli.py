@@ -35,7 +35,9 @@ from vqcodec.config import (
     EFFORTS,
     PRODUCT,
     SHIPPED,
+    STAGES,
     TUNES,
+    Stage,
     Tune,
 )
 from vqcodec.formats import advice
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from vqcodec.codec import Codec
     from vqcodec.image import Strip
     from vqcodec.targets import Target
-    from vqcodec.training.trainer import Stage
 
 # --- errors: one line each ---
 
@@ -403,7 +404,8 @@ content of a picture; hidden ones are left out, pictures that cannot be read are
 tree, and outputs the times of their inputs. Files of one folder that differ in nothing but their ending keep it:
 a.jpg.vq2, a.png.vq2. An output that is there keeps its name.
 
---resume skips an input if its output exists and is not older than it, and does again what is out of date.
+--resume skips an input if its output exists and is not older than it, and does again what is out of date: an
+interrupted command goes on with it.
 
 With --jobs N, N processes of one thread each work on N files at once and share one model where the system allows
 (Linux, without a GPU).
@@ -426,7 +428,7 @@ Exit codes:
   0    everything was done
   1    something failed: a line on standard error says what, all else was done
   2    bad usage
-  130  interrupted by Ctrl-C (143: terminated); --resume goes on from there
+  130  interrupted by Ctrl-C (143: terminated)
 No output is ever left half-written."""
 
 _inputs = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path())
@@ -1086,7 +1088,7 @@ _path = click.Path(path_type=Path)
 @click.option("-o", "--output", metavar="RUN", type=_path, required=True, help="Folder to write.")
 @click.option(
     "--stage",
-    type=click.Choice(["vqvae", "joint", "finish", "distill", "prior", "visual"]),
+    type=click.Choice(STAGES),
     default="vqvae",
     help="Everything from scratch, everything from trained weights, all that reads codes, the encoder's last layers, "
     "only the priors, or the gains and biases of --tune visual.",
@@ -1112,7 +1114,7 @@ _path = click.Path(path_type=Path)
 def train(
     images: Path,
     output: Path,
-    stage: "Stage",
+    stage: Stage,
     config: str | None,
     start: Path | None,
     mix: tuple[tuple[Path, float], ...],
@@ -1132,9 +1134,9 @@ def train(
       vqcodec train pictures/ --mix screenshots/ 0.08 -o runs/both --hours 10
       torchrun --nproc-per-node 4 -m vqcodec -- train ...
 
-    RUN gets log.jsonl, a checkpoint every few minutes, and at the end model.safetensors, which encode and
-    decode take as --weights. To resume a run, give the same command again. The pictures are kept uncompressed
-    in a folder "cache" beside RUN.
+    RUN gets log.jsonl and, every few minutes, a checkpoint and model.safetensors, the weights so far, which
+    encode and decode take as --weights. To resume a run, give the same command again. The pictures are kept
+    uncompressed in a folder "cache" beside RUN.
     """
     if (steps is None) == (hours is None):
         raise click.UsageError("say how long: either --steps or --hours")
@@ -1144,8 +1146,8 @@ def train(
         raise click.UsageError(f"stage {stage} needs trained weights: give them with --start")
     if (shares := sum(share for _, share in mix)) >= 1:
         raise click.UsageError(f"the shares of --mix add up to {shares:g}: leave some for {images}")
+    from vqcodec.image import find_images
     from vqcodec.training import trainer
-    from vqcodec.training.data import find_images
     from vqcodec.weights import load_weights
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one of many

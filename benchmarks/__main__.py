@@ -195,7 +195,9 @@ def picture(image: Path, output: Path, weights: Path | None, quality: float, cro
 
 
 def _default(name: str, folder: Path) -> Path:
-    return Path("results", f"{name}-{folder.resolve().name}")
+    from benchmarks import corpus
+
+    return Path("results", f"{name}-{corpus.name_of(folder)}")
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def run(
     result = {
         "benchmark": "ablate",
         "machine": machine.describe(codec, weights),
-        "corpus": {"folder": folder.resolve().name, "images": images, "pixels": pixels, "skipped": skipped},
+        "corpus": {"folder": corpus.name_of(folder), "images": images, "pixels": pixels, "skipped": skipped},
         "variants": variants,
         "choice": _choices(points, tuple(encoders), levels, pixels / images),
         "priors": [

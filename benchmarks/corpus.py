@@ -1,6 +1,7 @@
 """Images in, results out."""
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +12,14 @@ from numpy.typing import NDArray
 
 from bitstream.errors import ImageError
 from vqcodec.files import write_atomically
-from vqcodec.image import read
+from vqcodec.image import find_images, read
 
 Bytes = NDArray[np.uint8]
 
-SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-
-def find(folder: Path) -> list[Path]:
-    """The image files in a folder, by name. Raises FileNotFoundError if there are none."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"{folder}: no images in this folder ({' '.join(SUFFIXES)})")
-    return found
+def name_of(folder: Path) -> str:
+    """What a folder is called where it is named, which may be a link."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def load(path: Path) -> Bytes | str:
@@ -42,7 +38,7 @@ def describe(name: str, pixels: Bytes) -> dict[str, Any]:
 
 def photos(folder: Path, skipped: dict[str, str]) -> Iterator[tuple[str, Bytes]]:
     """Name and pixels of every image that can be read; the others go to `skipped`, with the reason."""
-    for path in find(folder):
+    for path in find_images(folder):
         pixels = load(path)
         if isinstance(pixels, str):
             skipped[path.name] = pixels

@@ -73,7 +73,7 @@ def run(
     result = {
         "benchmark": "entropy",
         "machine": machine.describe(codec, weights),
-        "corpus": {"folder": folder.resolve().name, "images": images, "pixels": pixels, "skipped": skipped},
+        "corpus": {"folder": corpus.name_of(folder), "images": images, "pixels": pixels, "skipped": skipped},
         "strides": [grid.stride for grid in model.config.grids],
         "levels": [
             {

@@ -27,6 +27,7 @@ from benchmarks.metrics import (
 from vqcodec import Codec
 from vqcodec.config import DEFAULT_TUNE, Tune
 from vqcodec.files import write_atomically
+from vqcodec.image import find_images
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -62,13 +63,13 @@ def run(
     The JSON file is saved after every image. What it has of the rivals is not computed again unless `fresh`; what it
     has of vq2 only if code and weights are the same. step: called with the number of images done, and of all.
     """
-    paths, lineup = corpus.find(folder), Lineup(weights, qualities, tune, rivals)
+    paths, lineup = find_images(folder), Lineup(weights, qualities, tune, rivals)
     codec, contestants, missing = assemble(lineup)
     described = machine.describe(codec, weights)
     result: dict[str, Any] = {
         "benchmark": "rd",
         "machine": described if jobs == 1 else {**described, "threads": 1},
-        "corpus": {"folder": folder.resolve().name, "images": 0, "skipped": {}},
+        "corpus": {"folder": corpus.name_of(folder), "images": 0, "skipped": {}},
         "jobs": jobs,
         "tune": tune,
         "codecs": {rival.name: rival.what for rival in contestants},

@@ -13,8 +13,8 @@ from make_golden import IMAGES
 from PIL import Image
 from tiny_model import TINY, WEIGHTS
 
-from bitstream.errors import WeightsError
-from vqcodec.config import CONFIGS, PRODUCT
+from bitstream.errors import UsageError, WeightsError
+from vqcodec.config import CONFIGS, PRODUCT, Stage
 from vqcodec.models import vqvae
 from vqcodec.models.pixelsnail import rows_of
 from vqcodec.models.quantizer import REBIRTHS, Choice
@@ -30,7 +30,6 @@ from vqcodec.training.trainer import (
     Measured,
     Objective,
     Run,
-    Stage,
     Sums,
     crops_at,
     in_banks,
@@ -98,6 +97,26 @@ def test_a_resumed_run_goes_on_where_it_stopped(images: Path, tmp_path: Path) ->
     train(run(images, tmp_path / "r", steps=8), said.append)
     assert "resuming at step 4" in said[0]
     assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 4, 6, 8]
+
+
+def test_a_log_whose_last_row_was_cut_off_does_not_stop_a_run(images: Path, tmp_path: Path) -> None:
+    train(run(images, tmp_path / "r", steps=4), quiet)
+    log = tmp_path / "r" / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    train(run(images, tmp_path / "r", steps=8), quiet)
+    assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 6, 8]
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run(images, tmp_path / "r"), quiet)
+    files = {path: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    monkeypatch.setattr(trainer, "DROPPED_WEIGHT", float("nan"))
+    monkeypatch.setattr(trainer, "DROPPED", 1.0)
+    with pytest.raises(FloatingPointError, match="no longer finite: give the same command again"):
+        train(run(images, tmp_path / "r", steps=6, log_steps=100), quiet)
+    assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir()} == files
 
 
 def test_the_same_seed_gives_the_same_weights(images: Path, tmp_path: Path) -> None:
@@ -225,14 +244,19 @@ torch.save(flat, {str(tmp_path)!r} + "/" + os.environ["RANK"] + ".pt")
     assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 4]
 
 
+def pixels_of(cache: Cache, k: int) -> torch.Tensor:
+    offset, h, w = cache.shapes[k].tolist()
+    return cache.pixels[offset // 3 :][: h * w].view(h, w, 3)
+
+
 def test_the_cache_serves_the_images_and_is_made_once(images: Path, tmp_path: Path) -> None:
     first = Cache(images, tmp_path)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     second = Cache(images, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == made
-    assert len(first) == len(second) == 3
+    assert len(first.shapes) == len(second.shapes) == 3
     pixels = Image.open(images / "1.png").convert("RGB")
-    assert second[1].tobytes() == pixels.tobytes()
+    assert bytes(pixels_of(second, 1).numpy()) == pixels.tobytes()
 
 
 def test_folders_without_usable_images_are_named(tmp_path: Path, images: Path) -> None:
@@ -251,16 +275,16 @@ def test_a_broken_training_image_is_named_and_left_out(tmp_path: Path, images: P
         Cache(broken, tmp_path / "cache", quiet)
     (broken / "whole.png").write_bytes((images / "1.png").read_bytes())
     said: list[str] = []
-    assert len(Cache(broken, tmp_path / "cache", said.append)) == 1
+    assert len(Cache(broken, tmp_path / "cache", said.append).shapes) == 1
     assert len(said) == 1 and "half.png is left out" in said[0]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path, images: Path) -> None:
-    whole = bytes(Cache(images, tmp_path).pixels)
+    whole = Cache(images, tmp_path).pixels.clone()
     data, index = next(tmp_path.glob("*.bin")), next(tmp_path.glob("*.npy"))
-    for path, content in ((data, whole[:-1]), (index, b""), (index, b"not an array")):
+    for path, content in ((data, data.read_bytes()[:-1]), (index, b""), (index, b"not an array")):
         path.write_bytes(content)
-        assert bytes(Cache(images, tmp_path).pixels) == whole
+        assert torch.equal(Cache(images, tmp_path).pixels, whole)
 
 
 def test_crops_are_parts_of_the_images_in_their_shares(tmp_path: Path, images: Path) -> None:
@@ -278,9 +302,7 @@ def test_crops_are_parts_of_the_images_in_their_shares(tmp_path: Path, images: P
 def test_a_crop_of_full_scale_is_exact_and_half_of_them_are(tmp_path: Path, images: Path) -> None:
     torch.manual_seed(0)
     cache = Cache(images, tmp_path)
-    patches = torch.cat(
-        [torch.from_numpy(cache[k].copy()).unfold(0, 48, 1).unfold(1, 48, 1).flatten(0, 1) for k in range(3)]
-    )
+    patches = torch.cat([pixels_of(cache, k).unfold(0, 48, 1).unfold(1, 48, 1).flatten(0, 1) for k in range(3)])
     sums = {bytes(p.numpy().tobytes()) for p in patches}
     sums |= {bytes(p.flip(2).numpy().tobytes()) for p in patches}
     x = Crops([(cache, 1.0)], 48, torch.device("cpu")).draw(100, 48)
@@ -316,10 +338,9 @@ def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.Monkey
         book.vectors.requires_grad_(False)
         book.started = True
     crops = Crops.__new__(Crops)
-    crops.pixels, crops.shapes, crops.chances = (
-        torch.zeros(size, dtype=kind, device=meta)
-        for size, kind in (((10**5, 3), torch.uint8), ((3, 3), torch.long), (3, torch.double))
-    )
+    crops.pixels = [torch.zeros(10**5, 3, dtype=torch.uint8, device=meta)]
+    crops.shapes = torch.zeros(3, 4, dtype=torch.long, device=meta)
+    crops.chances = torch.zeros(3, dtype=torch.double, device=meta)
     optims, average, sums = optimizers(model, "joint"), Average(model), Sums(TINY.levels, meta)
     for step in range(REBIRTHS + 1):
         x, level = crops.draw(4, 64), levels_for(4, 0, TINY.levels, meta)
@@ -447,3 +468,15 @@ def test_a_run_of_another_configuration_is_not_resumed(images: Path, tmp_path: P
     train(run(images, tmp_path / "r"), quiet)
     with pytest.raises(WeightsError, match="another folder"):
         train(run(images, tmp_path / "r", config=CONFIGS["vqvae2-paper"]), quiet)
+
+
+def test_a_run_from_other_weights_is_not_taken_for_one_that_is_done(images: Path, tmp_path: Path) -> None:
+    one = run(images, tmp_path / "r", stage="joint", start=WEIGHTS)
+    train(one, quiet)
+    with pytest.raises(WeightsError, match="another layout, stage or start: choose another folder"):
+        train(replace(one, start=tmp_path / "r" / "model.safetensors"), quiet)
+
+
+def test_a_model_without_rate_has_nothing_to_distil(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave distill out"):
+        train(run(images, tmp_path / "r", stage="distill", config=CONFIGS["vqvae2-paper"]), quiet)

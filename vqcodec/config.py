@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 SHIPPED = Path(__file__).parent / "weights" / "vqcodec.safetensors"
 
@@ -12,7 +12,7 @@ Tune = Literal["psnr", "visual"]  # what a picture is to be near to its original
 TUNES: tuple[Tune, ...] = ("psnr", "visual")
 DEFAULT_TUNE: Tune = "visual"
 
-# Quality levels 1..8: from about 0.07 to 1.2 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
+# Quality levels 1..8: from about 0.07 to 1.1 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
 LAMBDAS = (0.0007, 0.00135, 0.00261, 0.00504, 0.00973, 0.0188, 0.0363, 0.07)
 BEST_QUALITY = len(LAMBDAS)
 EFFORTS = (0, 4, 6, 9)  # efforts 0..3: gradient steps of the latents towards what the very image needs
@@ -24,6 +24,9 @@ FIT_HALO = 32
 STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolutions at full resolution are slow
 
 Learning = Literal["ema", "loss"]  # of the code vectors
+
+Stage = Literal["vqvae", "joint", "finish", "distill", "prior", "visual"]  # of training
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 MAGIC = (b"II*\0", b"MM\0*")
 BIG_MAGIC = (b"II+\0", b"MM\0+")  # BigTIFF: the same with 64-bit offsets; no EXIF block is one
 
-ORIENTATION, EXIF, GPS, INTEROP, SUB_IFDS = 0x0112, 0x8769, 0x8825, 0xA005, 0x014A
+EXIF, GPS, INTEROP, SUB_IFDS = 0x8769, 0x8825, 0xA005, 0x014A
 X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 0x011A, 0x011B, 0x0128
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}

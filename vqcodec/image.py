@@ -124,6 +124,18 @@ def endings() -> set[str]:
     return {ending for ending, format in Image.registered_extensions().items() if format in readable}
 
 
+# What training and benchmarks take from a folder: pictures, not the documents and films that Pillow reads, too.
+_IMAGES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, by name. Raises FileNotFoundError if there are none."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)
+    if not found:
+        raise FileNotFoundError(f"{folder}: no images directly in this folder ({' '.join(_IMAGES)})")
+    return found
+
+
 def from_pil(image: Image.Image) -> Picture:
     """A Pillow image of any mode, loaded here if it is not yet. `image` keeps its pixels and mode.
 

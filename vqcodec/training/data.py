@@ -10,19 +10,10 @@ import torch
 from torch import Tensor
 
 from bitstream.errors import ImageError
-from vqcodec.image import read
+from vqcodec.image import find_images, read
 
-SUFFIXES = {".avif", ".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SHRINK = 2.0  # half of the crops show up to so many times the side of the others
 FLAT = 0.02  # share of the crops of which a part gets one colour: margins and backgrounds are rare in photographs
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Pictures directly in a folder, by name. Raises FileNotFoundError if there are none."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))})")
-    return found
 
 
 class Cache:
@@ -41,8 +32,9 @@ class Cache:
             cache.mkdir(parents=True, exist_ok=True)
             self._build(paths, data, index, report)
         self.folder = folder
-        self.shapes = np.load(index)  # (images, 3): offset, height, width
-        self.pixels = np.memmap(data, np.uint8, "r")
+        self.shapes = np.load(index)  # (images, 3): offset in bytes, height, width
+        # As if it could be written to, which torch asks for.
+        self.pixels = torch.from_numpy(np.memmap(data, np.uint8, "c")).view(-1, 3)
 
     @staticmethod
     def _whole(data: Path, index: Path) -> bool:
@@ -74,20 +66,13 @@ class Cache:
         np.save(scratch, np.array(rows, np.int64))
         os.replace(scratch, index)
 
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __getitem__(self, k: int) -> np.ndarray:
-        offset, h, w = map(int, self.shapes[k])
-        return self.pixels[offset : offset + h * w * 3].reshape(h, w, 3)
-
 
 class Crops:
     """Batches of random square crops: random place, flip and scale (down to a half, half of the time).
 
     Within a folder images are drawn by the root of their area: large photographs hold more, but not in proportion. All
-    work is done on the device, where the pixels lie as uint8, on a GPU in shapes that depend on no data: nothing waits
-    for it.
+    work is done on the device. A CPU reads what it needs from the caches, a GPU has all pixels in its memory, as uint8,
+    and cuts crops in shapes that depend on no data: nothing waits for it.
     """
 
     def __init__(self, folders: Sequence[tuple[Cache, float]], largest: int, device: torch.device) -> None:
@@ -95,8 +80,8 @@ class Crops:
         of a folder is as large."""
         chances: list[np.ndarray] = []
         shapes: list[np.ndarray] = []
-        lengths: list[int] = []
-        for cache, share in folders:
+        before = 0
+        for number, (cache, share) in enumerate(folders):
             usable = cache.shapes[:, 1:].min(1) >= largest
             if not usable.any():
                 raise ImageError(
@@ -105,19 +90,22 @@ class Crops:
                 )
             root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
             chances.append(root / root.sum() * share)
-            shapes.append(cache.shapes // np.array([3, 1, 1]) + np.array([sum(lengths), 0, 0]))
-            lengths.append(len(cache.pixels) // 3)
+            offset = cache.shapes[:, :1] // 3 + before
+            shapes.append(np.hstack([np.full_like(offset, number), offset, cache.shapes[:, 1:]]))
+            before += 0 if device.type == "cpu" else len(cache.pixels)
         self.chances = torch.from_numpy(np.concatenate(chances)).to(device)
-        self.shapes = torch.from_numpy(np.concatenate(shapes)).to(device)
-        self.pixels = torch.empty(sum(lengths), 3, dtype=torch.uint8, device=device)
-        for cache, part in zip((cache for cache, _ in folders), self.pixels.split(lengths), strict=True):
-            part.copy_(torch.tensor(np.asarray(cache.pixels)).view(-1, 3))
+        self.shapes = torch.from_numpy(np.concatenate(shapes)).to(device)  # (images, 4): folder, offset, height, width
+        self.pixels = [cache.pixels for cache, _ in folders]
+        if device.type != "cpu":
+            parts, self.pixels = self.pixels, [torch.empty(before, 3, dtype=torch.uint8, device=device)]
+            for part, place in zip(parts, self.pixels[0].split([len(part) for part in parts]), strict=True):
+                place.copy_(part)
 
     def draw(self, batch: int, size: int) -> Tensor:
         """(batch, 3, size, size) in 0..1, channels last, by the device's random numbers."""
-        device = self.pixels.device
+        device = self.chances.device
         chosen = self.shapes[torch.multinomial(self.chances, batch, replacement=True)]
-        offset, sides = chosen[:, 0], chosen[:, 1:]
+        sides = chosen[:, 2:]
         most = (sides.amin(1) / size).clamp(max=SHRINK)
         scale = torch.where(uniform(batch, device) < 0.5, 1.0, 1 + (most - 1) * uniform(batch, device)).float()
         span = (scale * size).floor().long()
@@ -125,17 +113,15 @@ class Crops:
         corner = torch.minimum(corner, sides - span[:, None])
         flip = uniform(batch, device) < 0.5
         cut = self._cut if device.type == "cpu" else self._cut_alike
-        x = cut(offset, sides[:, 1], corner, span, scale, flip, size).clamp_(0, 255).div_(255)
+        x = cut(chosen, corner, span, scale, flip, size).clamp_(0, 255).div_(255)
         return self._with_flat_parts(x).contiguous(memory_format=torch.channels_last)
 
-    def _cut(
-        self, offset: Tensor, width: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int
-    ) -> Tensor:
-        """Crops (batch, 3, size, size) of span x span pixels at a corner (batch, 2) of the images at an offset."""
+    def _cut(self, chosen: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int) -> Tensor:
+        """Crops (batch, 3, size, size) of span x span pixels at a corner (batch, 2) of chosen images (batch, 4)."""
         x = torch.empty(len(span), 3, size, size).contiguous(memory_format=torch.channels_last)
-        for k, (start, w, n) in enumerate(torch.stack([offset, width, span], 1).tolist()):
-            top, left = corner[k].tolist()
-            patch = self.pixels[start + top * w :][: n * w].view(n, w, 3)[:, left : left + n]
+        for k, (folder, start, _, w) in enumerate(chosen.tolist()):
+            (top, left), n = corner[k].tolist(), int(span[k])
+            patch = self.pixels[folder][start + top * w :][: n * w].view(n, w, 3)[:, left : left + n]
             if scale[k] == 1:
                 x[k] = (patch.flip(1) if flip[k] else patch).permute(2, 0, 1)
                 continue
@@ -148,15 +134,16 @@ class Crops:
         return x
 
     def _cut_alike(
-        self, offset: Tensor, width: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int
+        self, chosen: Tensor, corner: Tensor, span: Tensor, scale: Tensor, flip: Tensor, size: int
     ) -> Tensor:
         """The same by shapes that depend on no data."""
         # The pixels that a crop is made of, and as many beyond its end as the largest would have, repeated at the edge.
         reach = int(SHRINK * size)
         ahead = torch.arange(reach, device=span.device)
         rows, columns = (torch.minimum(ahead, span[:, None] - 1) + corner[:, c, None] for c in (0, 1))
-        place = offset[:, None, None] + rows[:, :, None] * width[:, None, None] + columns[:, None]
-        patch = self.pixels.index_select(0, place.flatten()).view(*place.shape, 3).float()
+        offset, width = chosen[:, 1, None, None], chosen[:, 3, None, None]
+        place = offset + rows[:, :, None] * width + columns[:, None]
+        patch = self.pixels[0].index_select(0, place.flatten()).view(*place.shape, 3).float()
         down, across = (resampling(scale, span, size, mirror, reach) for mirror in (torch.zeros_like(flip), flip))
         small = torch.einsum("bir,brsc->bisc", down, patch)
         return torch.einsum("bjs,bisc->bcij", across, small)

@@ -6,8 +6,8 @@ stage      learns                                rate weight of the choice
 vqvae      everything                            0 to 1 over the first steps
 joint      everything, from trained weights      1
 finish     the decoder, its code vectors and     1, less where smooth
-           the priors, on what a fixed encoder
-           makes of the fit: the last mile
+           the priors, on what the fit makes
+           of latents: the last mile
 distill    the encoder's last layers for the     1, less where smooth
            finest grid, to say at once what
            the fit makes of their latents
@@ -29,6 +29,7 @@ A step waits for nothing that a GPU computes: what the log needs is added up the
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bitstream.errors import UsageError, WeightsError
-from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig
+from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig, Stage
+from vqcodec.files import write_atomically
 from vqcodec.models.refine import refined_latents
 from vqcodec.models.vqvae import VQVAE, Fit, Output, ResBlock
 from vqcodec.smooth import rate_share
@@ -56,7 +58,6 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
 from vqcodec.weights import load_weights, save_weights
 
-Stage = Literal["vqvae", "joint", "finish", "distill", "prior", "visual"]
 FITTED: tuple[Stage, ...] = ("finish", "distill")  # stages whose latents are fitted
 
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
@@ -78,6 +79,8 @@ DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.6  # of the distance by SSIMULACRA 2, the rest is squared error
 EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
+CHECKPOINT_SECONDS = 300
+AGAIN = "give the same command again to go on from the last checkpoint with other crops, or try a larger --batch"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,6 @@ class Run:
     seed: int = 0
     start: Path | None = None
     mix: tuple[tuple[Path, float], ...] = ()
-    checkpoint_minutes: float = 5.0
     log_steps: int = 50
 
 
@@ -286,14 +288,18 @@ class State:
         self.folder, self.model, self.average = run.output, model, Average(model)
         self.optimizers = optimizers(model, run.stage)
         self.step, self.elapsed = 0, 0.0  # seconds
-        self.identity = json.dumps({"stage": run.stage, **asdict(model.config)})
+        start = hashlib.sha256(run.start.read_bytes()).hexdigest() if run.start else None
+        self.identity = json.dumps({"stage": run.stage, "start": start, **asdict(model.config)})
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
     def save(self, elapsed: float) -> None:
-        """The checkpoint, and the averaged weights. elapsed: seconds."""
+        """The checkpoint, and the averaged weights. elapsed: seconds. Raises FloatingPointError if the weights are not
+        finite: then the last ones that were stay where they are."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise FloatingPointError(f"the weights are no longer finite: {AGAIN}")
         state = {
             "run": self.identity,
             "model": self.model.state_dict(),
@@ -318,7 +324,7 @@ class State:
         except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
             raise WeightsError(f"{path} is damaged or no checkpoint: remove it to start anew") from None
         if not same:
-            raise WeightsError(f"{path} belongs to a run of another configuration or stage: choose another folder")
+            raise WeightsError(f"{path} belongs to a run of another layout, stage or start: choose another folder")
         self.model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         for optim, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -399,7 +405,7 @@ class Sums:
         """Means since the last row, of all and by level. Raises FloatingPointError if the loss is not finite."""
         loss = self.loss.item() / self.steps
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}: lower the learning rate")
+            raise FloatingPointError(f"the loss is {loss}: {AGAIN}")
         mse, samples, bpp, coded = self.table.tolist()
 
         def ratio(a: list[float], b: list[float]) -> list[float | None]:
@@ -420,15 +426,18 @@ class Sums:
 def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     """Train and return the averaged model.
 
-    Writes to ``run.output``: ``checkpoint.pt`` (to resume from: same command), ``log.jsonl`` (loss, PSNR, bits per
-    pixel, codebook use) and, at the end, ``model.safetensors``; beside it, in ``cache``, the decoded images.
-    Raises FileNotFoundError without images, ImageError if none can be read or is as large as a crop, WeightsError for
-    weights or a checkpoint that do not fit, UsageError for a crop that is not whole cells.
+    Writes to ``run.output``: ``log.jsonl`` (loss, PSNR, bits per pixel, codebook use) and, every few minutes and at the
+    end, ``checkpoint.pt`` (to resume from: same command) and ``model.safetensors``; beside it, in ``cache``, the
+    decoded images. Raises FileNotFoundError without images, ImageError if none can be read or is as large as a crop,
+    WeightsError for weights or a checkpoint that do not fit, UsageError for a crop that is not whole cells and for the
+    stage ``distill`` of a model without rate, FloatingPointError if the run diverges.
     """
     if (run.steps is None) == (run.hours is None):
         raise ValueError("a run needs either steps or hours")
     if run.crop % run.config.stride:
         raise UsageError(f"crops of {run.crop} pixels are not whole cells: choose a multiple of {run.config.stride}")
+    if run.stage == "distill" and not run.config.rate_constrained:
+        raise UsageError(f"{run.config.name} is a model without rate, whose latents are not fitted: leave distill out")
     with without_denormals(), processes() as (rank, size, device):
         seed_everything(run.seed)
         model = prepared(run, device)
@@ -437,7 +446,8 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         run.output.mkdir(parents=True, exist_ok=True)
         log = run.output / "log.jsonl"
         if state.resume(device):
-            forget_rows(log, state.step)
+            if rank == 0:
+                forget_rows(log, state.step)
             report(f"resuming at step {state.step}, {state.elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * state.step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
@@ -474,7 +484,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                     with open(log, "a") as file:
                         file.write(json.dumps(row) + "\n")
                     report(" ".join(f"{key} {value}" for key, value in row.items() if not isinstance(value, list)))
-            if rank == 0 and time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
+            if rank == 0 and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 saved_at = time.monotonic()
                 state.save(spent)
         if rank == 0:
@@ -530,10 +540,11 @@ def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]
 
 
 def forget_rows(log: Path, step: int) -> None:
-    """Drop the rows after a step, which a resumed run writes again."""
+    """Drop the rows after a step, which a resumed run writes again, and a last one that was cut off."""
     if log.exists():
-        rows = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        log.write_text("".join(rows))
+        rows = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        with write_atomically(log, force=True) as file:
+            file.write("".join(line for line in rows if json.loads(line)["step"] <= step).encode())
 
 
 def perplexity(model: VQVAE) -> str:
