@@ -187,7 +187,7 @@ from enum import IntEnum
 from math import isqrt
 from typing import TYPE_CHECKING, Any
 
-from bitstream.errors import DamagedError, LimitError, NotVq2Error, UnsupportedVersionError
+from bitstream.errors import DamagedError, LimitError, NotVq2Error, UnsupportedVersionError, UsageError
 
 if TYPE_CHECKING:  # `vqcodec info` does without numpy
     from numpy.typing import NDArray
@@ -266,7 +266,7 @@ class Header:
         if not 1 <= self.level <= MAX_LEVEL:
             raise ValueError(f"quality level {self.level} is not in 1..{MAX_LEVEL}")
         if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
-            raise ValueError(f"image size {self.width} x {self.height} is not in 1..{MAX_SIDE}")
+            raise UsageError(f"image size {self.width} x {self.height} is not in 1..{MAX_SIDE}")
         if len(self.fingerprint) != FINGERPRINT_BYTES:
             raise ValueError(f"fingerprint has {len(self.fingerprint)} bytes, not {FINGERPRINT_BYTES}")
 

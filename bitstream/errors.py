@@ -17,7 +17,7 @@
         ClusterError                          the Ray cluster
         StorageError                          the network, or who owns the storage
         FileError                             a file, with its name in front
-        UsageError (also a ValueError)        the caller: options that contradict each other
+        UsageError (also a ValueError)        the caller: options out of range or in contradiction
 
 A message says what is wrong, both values, and what to do. It does not name the file: whoever opened the file
 puts the name in front, and then it is a FileError.
@@ -85,4 +85,4 @@ class FileError(VqcodecError):
 
 
 class UsageError(VqcodecError, ValueError):
-    """The caller's fault: inputs, outputs and options that contradict each other."""
+    """The caller's fault: options out of range, or inputs, outputs and options that contradict each other."""

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bitstream import kernels, rans
+from bitstream.errors import UsageError
 from bitstream.exact import AROUND, ATTENTION_ROWS, ATTENTION_WAVES, CAUSAL, CONDITION_BLOCKS, lanes
 from bitstream.kernels import BLOCK, CHUNK, CONDITION_COLUMNS, WAVES, ZERO, Coder, ConditionRoom, Room, Walk
 from bitstream.prior import Prior, aligned, padded
@@ -98,11 +99,11 @@ def encode(
 def sample(setting: Setting, generator: np.random.Generator, temperature: float = 1.0) -> Grid:
     """Indices (M, h, w) drawn from the prior: a decoder of random words does that.
 
-    temperature: logits are divided by it, so that below 1 the likely indices come more often. ValueError unless it is
+    temperature: logits are divided by it, so that below 1 the likely indices come more often. UsageError unless it is
     positive and finite.
     """
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"the temperature must be positive and finite, not {temperature}")
+        raise UsageError(f"the temperature must be positive and finite, not {temperature}")
     (h, w), streams = setting.shape, lanes(setting.shape[0])
     # One word for each index: on average it takes a few bits at most, 9 of 32 if all of a group's codes are alike.
     each = -(-h // streams) * w * setting.prior.grid.groups + 2

@@ -5,7 +5,7 @@
 >>> import vqcodec.pillow                     # Image.open and Image.save know .vq2 files
 
 What an image has that its file cannot hold is a warning (`warnings.warn`), and so is what a preview lacks. All errors
-are VqcodecErrors.
+are VqcodecErrors, but for files that the system cannot open (OSError).
 """
 
 import os

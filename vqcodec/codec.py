@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitstream import container
 from bitstream.container import DEFAULT_MAX_PIXELS, MAX_SIDE, ColourMode, Container, Header, over_limit
-from bitstream.errors import DamagedError, DeviceError, ImageError, LimitError
+from bitstream.errors import DamagedError, DeviceError, ImageError, LimitError, UsageError
 from bitstream.indices import IndexCoder
 from bitstream.walk import Diffusion, Grid
 from bitstream.weights import Weights
@@ -121,7 +121,7 @@ class Codec:
         are fitted to this very image: for more time smaller files at equal PSNR, or a better picture in as many bytes.
         progress: called with 0..1.
         An alpha that is opaque everywhere is left out, and colours under an alpha of 0 are not kept.
-        Returns the bytes of a .vq2 file. Raises ImageError, ValueError for a quality or effort out of range or a tune
+        Returns the bytes of a .vq2 file. Raises ImageError, UsageError for a quality or effort out of range or a tune
         that there is not.
         """
         # Without names for what comes between, which would stay in memory.
@@ -221,7 +221,7 @@ class Codec:
         """Draw an image from the priors, by the walk that codes.
 
         temperature: below 1 the likely indices are drawn more often than the priors say, which gives calmer images.
-        ValueError unless it is positive and finite, and for a size or quality out of range. Raises LimitError for a
+        UsageError unless it is positive and finite, and for a size or quality out of range. Raises LimitError for a
         size that ``decode`` would refuse.
         """
         level, _ = self.level_for(quality)
@@ -248,11 +248,11 @@ class Codec:
     def level_for(self, quality: float, level: int | None = None) -> tuple[int, float]:
         """The level (0-based) nearest to a quality, and the factor on the rate term that makes up the difference.
 
-        level: one to take instead of the nearest. ValueError for a quality out of range.
+        level: one to take instead of the nearest. UsageError for a quality out of range.
         """
         lambdas = self.model.config.lambdas
         if not 1 <= quality <= len(lambdas):
-            raise ValueError(f"quality {quality:g} is not in 1..{len(lambdas)}")
+            raise UsageError(f"quality {quality:g} is not in 1..{len(lambdas)}")
         if not self.model.config.rate_constrained:
             return 0, 0.0
         if level is None:
@@ -289,9 +289,9 @@ class PictureEncoder:
                 f"the image has {self.width} x {self.height} pixels, the format holds up to {MAX_SIDE} a side"
             )
         if not 0 <= effort < len(EFFORTS):
-            raise ValueError(f"effort {effort} is not in 0..{len(EFFORTS) - 1}")
+            raise UsageError(f"effort {effort} is not in 0..{len(EFFORTS) - 1}")
         if tune not in TUNES:
-            raise ValueError(f"tune {tune!r} is not one of {', '.join(TUNES)}")
+            raise UsageError(f"tune {tune!r} is not one of {', '.join(TUNES)}")
         self.codec, self.picture, self.visual = codec, prepared(picture), tune == "visual"
         self.size = self.height, self.width
         self.cells = codec.indices.weights.shape(0, *self.size)
@@ -323,7 +323,7 @@ class PictureEncoder:
         self, quality: float, progress: Progress | None = None, level: int | None = None, *, last: bool = False
     ) -> bytes:
         """The bytes of a file. level: as in ``Codec.level_for``. last: features are let go as soon as they are used.
-        Raises ValueError for a quality out of range."""
+        Raises UsageError for a quality out of range."""
         codec = self.codec
         level, rate_weight = codec.level_for(quality, level)
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from bitstream.errors import UsageError
 from vqcodec.config import DEFAULT_TUNE, Tune
 
 TOLERANCE = 0.02  # of bytes or bits per pixel
@@ -14,21 +15,21 @@ MOST_TRIES = 10
 FINEST_STEP = 1 / 256  # of quality: less does not change a file noticeably
 EDGE = 0.1  # a try keeps this share of the interval away from its ends, so that the interval shrinks
 NEAR = 0.5  # levels: from here on the search stays with the level it has found
-# How much a level of quality changes ln(bytes) and dB, for the first steps; levels differ by 1.8 in lambda.
+# How much a level of quality changes ln(bytes) and dB, for the first steps; levels differ by 1.93 in lambda.
 SLOPES = {"size": 0.3, "bpp": 0.3, "psnr": 1.0}
 
 
 @dataclass(frozen=True)
 class Target:
     """What a file should have: "size" in bytes, "bpp" in bits per pixel, both of the whole file, or "psnr" in dB over
-    R, G and B. ValueError unless positive."""
+    R, G and B. UsageError unless positive."""
 
     kind: Literal["size", "bpp", "psnr"]
     value: float
 
     def __post_init__(self) -> None:
         if not 0 < self.value < math.inf:
-            raise ValueError(f"a target must be positive, and {self.kind} {self.value:g} is not")
+            raise UsageError(f"a target must be positive, and {self.kind} {self.value:g} is not")
 
     @property
     def tune(self) -> Tune:
@@ -104,8 +105,8 @@ _UNITS = {"": 1, "b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "kib": 
 
 
 def parse_size(text: str) -> float:
-    """Bytes of "50kB", "1.5 MB", "64KiB" or "20000". ValueError for anything else."""
+    """Bytes of "50kB", "1.5 MB", "64KiB" or "20000". UsageError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is not a size: write it like 50kB, 1.5MB, 64KiB or 20000")
+        raise UsageError(f"{text!r} is not a size: write it like 50kB, 1.5MB, 64KiB or 20000")
     return float(match[1]) * _UNITS[match[2]]
