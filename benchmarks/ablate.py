@@ -85,10 +85,12 @@ def run(
     counts: dict[tuple[float, int], NDArray[np.int64]] = {}
     points: dict[tuple[str, float], list[Point]] = defaultdict(list)
     skipped: dict[str, str] = {}
-    images, pixels = 0, 0
+    names: list[str] = []
+    pixels = 0
     for name, picture in corpus.photos(folder, skipped):
         picture = indices.middle(picture)
-        images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
+        names.append(name)
+        pixels += picture.shape[0] * picture.shape[1]
         for quality in levels:
             level = codec.level_for(quality)
             grids: dict[str, list[Grid]] = {}
@@ -107,7 +109,7 @@ def run(
         tell(f"{name}: done")
     for name, reason in skipped.items():
         tell(f"{name}: skipped, {reason}")
-    if not images:
+    if not names:
         raise ValueError(f"{folder}: none of the images can be read")
     for (quality, k), used in counts.items():
         escapes = indices.escape_bits(used, model.codebooks[k]).sum()
@@ -122,9 +124,15 @@ def run(
     result = {
         "benchmark": "ablate",
         "machine": machine.describe(codec, weights),
-        "corpus": {"folder": corpus.name_of(folder), "images": images, "pixels": pixels, "skipped": skipped},
+        "corpus": {
+            "folder": corpus.name_of(folder),
+            "images": len(names),
+            "names": names,
+            "pixels": pixels,
+            "skipped": skipped,
+        },
         "variants": variants,
-        "choice": _choices(points, tuple(encoders), levels, pixels / images),
+        "choice": _choices(points, tuple(encoders), levels, pixels / len(names)),
         "priors": [
             *(row(q, f"stride {stride}", [k]) for q in levels for k, stride in enumerate(strides)),
             *(row(q, "all", range(len(strides))) for q in levels),

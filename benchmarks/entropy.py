@@ -52,10 +52,12 @@ def run(
     tallies = {q: [Tally.empty(book) for book in model.codebooks] for q in levels}
     sizes = dict.fromkeys(tallies, 0)
     skipped: dict[str, str] = {}
-    images, pixels = 0, 0
+    names: list[str] = []
+    pixels = 0
     for name, picture in corpus.photos(folder, skipped):
         picture = indices.middle(picture)
-        images, pixels = images + 1, pixels + picture.shape[0] * picture.shape[1]
+        names.append(name)
+        pixels += picture.shape[0] * picture.shape[1]
         encoder = PictureEncoder(codec, from_array(picture), tune="psnr")
         for quality, counts in tallies.items():
             data = encoder.encode(quality)
@@ -68,17 +70,23 @@ def run(
         tell(f"{name}: done")
     for name, reason in skipped.items():
         tell(f"{name}: skipped, {reason}")
-    if not images:
+    if not names:
         raise ValueError(f"{folder}: none of the images can be read")
     result = {
         "benchmark": "entropy",
         "machine": machine.describe(codec, weights),
-        "corpus": {"folder": corpus.name_of(folder), "images": images, "pixels": pixels, "skipped": skipped},
+        "corpus": {
+            "folder": corpus.name_of(folder),
+            "images": len(names),
+            "names": names,
+            "pixels": pixels,
+            "skipped": skipped,
+        },
         "strides": [grid.stride for grid in model.config.grids],
         "levels": [
             {
                 "quality": quality,
-                **_level(counts, sizes[quality], images, pixels),
+                **_level(counts, sizes[quality], len(names), pixels),
                 "grids": [_grid(tally, book, pixels) for tally, book in zip(counts, model.codebooks, strict=True)],
             }
             for quality, counts in tallies.items()

@@ -11,7 +11,8 @@ first, codes chosen by their frequencies alone are good enough.
 For the eye a half of the squared error gives way to the distance by SSIMULACRA 2. That is steep where errors show most,
 steeper than the distance of the choice knows of: what it has in a step is limited, because without that it overshoots
 by far. It is limited in the coefficients of the linear path, before the networks, so that the two gradients go through
-them as one. A model without that path is fitted by squared error alone.
+them as one; of the sum only what single cells would overshoot by is cut off. A model without that path is fitted by
+squared error alone.
 
 Fitted to single images in this spirit: Campos et al., "Content Adaptive Optimization for Neural Image Compression"
 (2019). The coarser grids stay as they are: each of their codes moves so many pixels that such a step is far too long.

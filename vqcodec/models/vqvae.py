@@ -278,14 +278,6 @@ class VQVAE(nn.Module):
     def _finest(self, k: int) -> bool:
         return k == len(self.config.grids) - 1
 
-    def decode(self, indices: Sequence[Tensor], level: Tensor) -> Tensor:
-        """Index grids (B, M, h, w), coarsest first -> image (B, 3, H, W). Without the finer grids: a preview."""
-        context = None
-        for k in range(len(self.codebooks)):
-            context = self.decode_grid(k, self.codes(k, indices), context, level)
-        assert context is not None
-        return context
-
     def codes(self, k: int, indices: Sequence[Tensor]) -> Tensor:
         """Code vectors (B, M * d, h, w) of grid k; zeros stand for those of a grid that is not among the indices."""
         book = self.codebooks[k]
