@@ -316,7 +316,7 @@ class VQVAE(nn.Module):
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
-        the latents of the finest grid; then code vectors learn from the image, and latents only from the distance.
+        the latents of the finest grid; then code vectors learn from the image, and those latents from the distance.
 
         The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
         backward pass is the most expensive part of a step.
