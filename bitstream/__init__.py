@@ -1,4 +1,5 @@
-"""The .vq2 file: its format (`container`), its entropy coder (`rans`) and what can go wrong (`errors`).
+"""The .vq2 file: its format (`container`, FORMAT.md), its entropy coder (`rans`), the way from a file to its indices
+and back (`indices`), and what can go wrong (`errors`).
 
-numpy, constriction and the standard library only: a file can be inspected without loading a network.
+Without torch: numpy, numba, constriction and safetensors. To inspect a file takes none of them.
 """

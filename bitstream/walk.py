@@ -7,7 +7,7 @@ done the last one.
 Why plain threads, and not numba's: its default layer aborts when two threads of a program enter it at once, OpenMP's
 hangs after a fork. Threads of Python know no such rules. They live for one walk, spend it in compiled code without the
 interpreter's lock, and wait for each other by looking at a number in memory. A thread that looks in vain for some
-microseconds goes to sleep for a while, so that a machine with less cores than threads gets on.
+microseconds goes to sleep for a while, so that a machine with fewer cores than threads gets on.
 """
 
 import os

@@ -403,7 +403,7 @@ def decode_grid(
                         index += 128 ** (d - 1 - c) * coder.pop(uniform)
                 indices[g, i, j] = index
                 codes[i, j, g * d : (g + 1) * d] = vectors(g, index)
-        if attention:
+        if queried:  # a grid of one block has none
             for i, j in cells:
                 attention.keep(queried[i, j], codes[i, j], i, j)
     for coder in lanes:

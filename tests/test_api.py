@@ -53,6 +53,8 @@ def deep() -> Image.Image:
 ENCODERS: dict[str, Callable[..., object]] = {
     "encode": lambda image, **options: vqcodec.encode(image, 2, **options),
     "encode_to": lambda image, **options: vqcodec.encode_to(image, vqcodec.Target("bpp", 1.0), **options),
+    "Codec.encode": lambda image, **options: vqcodec._default["auto"].encode(image, 2, **options),
+    "Codec.encode_to": lambda image: vqcodec._default["auto"].encode_to(image, vqcodec.Target("bpp", 1.0)),
 }
 
 
@@ -79,9 +81,10 @@ def test_the_notes_of_a_picture_are_its_owner_s_and_those_of_stripping_are_told(
 def test_what_a_preview_lacks_is_a_warning_in_the_caller_s_line() -> None:
     image = Image.open(ROOT / "tests" / "images" / "photo.png").resize((64, 64))
     data = vqcodec.encode(image, 2)
-    with pytest.warns(UserWarning, match="^only a preview without alpha, metadata and areas of one colour") as caught:
-        vqcodec.decode(data[:-20], preview=True)
-    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
+    for decode in (vqcodec.decode, vqcodec._default["auto"].decode):
+        with pytest.warns(UserWarning, match="^only a preview without alpha, metadata and areas of one") as caught:
+            decode(data[:-20], preview=True)
+        assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 
 
 def test_the_packages_say_that_they_are_typed() -> None:

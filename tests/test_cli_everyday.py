@@ -108,6 +108,27 @@ def test_resume_does_what_is_left(here: Path, photos: Path) -> None:
     assert encode("photos", "-o", "out", "--resume", "-f").exit_code == 2
 
 
+def test_standard_output_holds_one_file(here: Path, photos: Path) -> None:
+    for inputs in (["photos"], ["photos/a.png", "photos/trip/b.webp"]):
+        result = encode(*inputs, "-o", "-")
+        assert result.exit_code == 2 and "- (standard output) holds one file: name a folder with -o" in result.output
+    assert not (here / "-").exists()
+
+
+def test_a_folder_in_an_output_s_place_is_known_before_any_work(
+    here: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "a.vq2").mkdir()
+    monkeypatch.setattr("vqcodec.codec.PictureEncoder", None)
+    refused(encode("photos/a.png"), "a.vq2: is a folder: name a file")
+
+
+def test_compare_leaves_out_what_cannot_hold_the_picture(here: Path) -> None:
+    Image.new("RGB", (16_384, 1), "red").save("wide.png")
+    page = Path(succeeded(run("compare", "wide.png", "-q", 1)).stdout.strip()).read_text()
+    assert "JPEG" in page and "WEBP" not in page
+
+
 def test_json_is_a_line_per_file_and_a_summary(here: Path, photos: Path) -> None:
     result = encode("photos", "-o", "out", "-q", 2, "--json")
     *files, summary = map(json.loads, result.stdout.splitlines())

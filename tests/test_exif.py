@@ -197,6 +197,10 @@ def test_without_the_location_all_else_stays_where_it_is(e: str) -> None:
     tags = Image.Exif()
     tags.load(bare)
     assert tags[271] == "a camera" and not tags.get_ifd(exif.GPS)
+    twice = bytearray(data)
+    at = data.index(struct.pack(e + "HHI", 0x1D, 2, len(gps[0x1D].data)))
+    twice[at : at + 2] = struct.pack(e + "H", 2)
+    assert gps[2].data not in exif.without_gps(bytes(twice))
     untouched = block(e, gps=False)
     assert exif.without_gps(untouched) == untouched
 

@@ -243,6 +243,8 @@ def test_whether_a_file_can_be_written_is_known_without_writing_it(
     with pytest.raises(NotADirectoryError) as caught:
         check_writable(tmp_path / "file" / "new")
     assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(IsADirectoryError):
+        check_writable(tmp_path)
     if os.name == "posix":
         check_writable("/dev/null")
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)

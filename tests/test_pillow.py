@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, UnidentifiedImageError
 from tiny_model import GOLDEN, WEIGHTS
 
 import vqcodec
 from bitstream import container
 from vqcodec.codec import Codec
+from vqcodec.image import MOST_ICC
 
 FILES = GOLDEN / "decode"
 PHOTO = Path(__file__).parent / "images" / "photo.png"
@@ -98,6 +99,34 @@ def test_metadata_is_kept_replaced_or_left_out() -> None:
     assert not (stripped.icc or stripped.exif or stripped.xmp)
     assert changed.icc is None and changed.xmp == kept.xmp
     assert changed.exif is not None and b"new description" in changed.exif
+
+
+def with_text_exif() -> Image.Image:
+    """A PNG file whose EXIF is text, as ImageMagick writes it."""
+    exif = Image.Exif()
+    exif[0x010E] = "a secret"
+    text, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    block = exif.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n")
+    Image.new("RGB", (20, 30)).save(file, "PNG", pnginfo=text)
+    return Image.open(file)
+
+
+def test_metadata_that_is_given_is_all_that_changes() -> None:
+    assert b"a secret" in saved(with_text_exif())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        none = container.unpack(saved(with_text_exif(), exif=None, icc_profile=None))
+    assert none.exif is None and none.icc is None
+
+
+def test_what_a_file_has_lost_is_told_once() -> None:
+    parts = container.unpack((FILES / "metadata.vq2").read_bytes())
+    forged = container.pack(dataclasses.replace(parts, exif=b"no EXIF", icc=bytes(MOST_ICC + 1)))
+    with pytest.warns(UserWarning) as caught, Image.open(io.BytesIO(forged)) as image:
+        assert "icc_profile" not in image.info
+        image.load()
+    assert sorted(str(one.message)[:8] for one in caught) == ["the EXIF", "the ICC "]
 
 
 def test_exif_that_is_none_is_dropped_with_a_warning() -> None:

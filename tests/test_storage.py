@@ -146,6 +146,12 @@ def test_a_list_of_urls_goes_to_a_remote_folder(memory: dict[str, bytes]) -> Non
     assert storage.existing(names) == {names[0], "photo.png"}
 
 
+@pytest.mark.parametrize("url", ["file:///photo.png", "file:///a/photo.png", "file://photo.png", "local://photo.png"])
+def test_urls_of_files_are_split_like_other_urls(url: str) -> None:
+    folder, name = storage.split(url)
+    assert name == "photo.png" and storage.join(folder, name) == url
+
+
 def test_names_are_paths_unless_they_have_a_protocol() -> None:
     assert storage.local("file:///a/b.png") == "/a/b.png" and storage.local("s3://a/b.png") is None
     assert storage.local("./a://b.png") == "./a://b.png" and storage.local("://") == "://"

@@ -97,12 +97,26 @@ def test_the_reference_decoder_reads_what_the_walk_writes(size: tuple[int, int],
     coder = IndexCoder(weights)
     reference = reference_decoder.read_weights(to_file({"lambdas": [0.01] * 2, "grids": TINY}, weights.tensors))
     assert reference.fingerprint == weights.fingerprint
+    against_reference(coder, reference, size, seed)
+
+
+@pytest.mark.bounds
+def test_attention_beside_a_single_block_is_none() -> None:
+    config = {"lambdas": [0.01] * 2, "grids": [{**TINY[0], "prior": {**TINY[0]["prior"], "blocks": 1}}, TINY[1]]}
+    weights = Weights(config, random_weights.random_tensors(config, active=-1.0))
+    reference = reference_decoder.read_weights(to_file(config, weights.tensors))
+    against_reference(IndexCoder(weights), reference, (40, 24), 0)
+
+
+def against_reference(
+    coder: IndexCoder, reference: reference_decoder.Weights, size: tuple[int, int], seed: int
+) -> None:
     grids, payloads = encode(coder, size, seed)
     given, codes = None, np.zeros((0, 0, 0), np.int64)
     for k, payload in enumerate(payloads):
         if k:
             given = reference_decoder.condition(reference, k, LEVEL, codes)
-        shape = weights.shape(k, *size)
+        shape = coder.weights.shape(k, *size)
         indices, codes = reference_decoder.decode_grid(reference, k, LEVEL, shape, given, payload)
         assert np.array_equal(indices, grids[k])
 

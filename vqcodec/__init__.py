@@ -10,8 +10,6 @@ are VqcodecErrors, but for files that the system cannot open (OSError).
 
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitstream.container import DEFAULT_MAX_PIXELS
@@ -102,23 +100,6 @@ def _codec(device: str) -> "Codec":
     return _default[device]
 
 
-def _picture(image: "Image.Image | ArrayLike | Picture | Source", strip: "Strip") -> "Picture":
-    """The image as a picture, what it has lost as warnings: a Picture's own notes are the caller's already."""
-    from vqcodec.image import picture_of, stripped
-
-    picture = picture_of(image)
-    known = len(picture.notes) if picture is image else 0
-    picture = stripped(picture, strip)
-    _warn(picture.notes[known:], stacklevel=4)
-    return picture
-
-
-def _warn(notes: Sequence[str], stacklevel: int) -> None:
-    """stacklevel: 2 is who calls this function; it should be who calls this package."""
-    for note in notes:
-        warnings.warn(note, stacklevel=stacklevel)
-
-
 def encode(
     image: "Image.Image | ArrayLike | Picture | Source",
     quality: float = DEFAULT_QUALITY,
@@ -129,7 +110,9 @@ def encode(
     device: str = "auto",
 ) -> bytes:
     """Compress an image with the shipped model: see ``Codec.encode``. The model is loaded once per device."""
-    return _codec(device).encode(_picture(image, strip), quality, tune=tune, effort=effort)
+    from vqcodec.image import told
+
+    return _codec(device).encode(told(image, strip), quality, tune=tune, effort=effort)
 
 
 def encode_to(
@@ -145,15 +128,17 @@ def encode_to(
 
     >>> reached = vqcodec.encode_to(image, vqcodec.Target("size", 50_000))
     """
-    return _codec(device).encode_to(_picture(image, strip), target, tune=tune, effort=effort)
+    from vqcodec.image import told
+
+    return _codec(device).encode_to(told(image, strip), target, tune=tune, effort=effort)
 
 
 def decode(
     data: "Source", *, preview: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS, device: str = "auto"
 ) -> "Image.Image":
     """Decompress a .vq2 file with the shipped model: see ``Codec.decode``. The model is loaded once per device."""
-    from vqcodec.image import contents, to_pil
+    from vqcodec.image import contents, to_pil, warn
 
     picture = _codec(device).decode_picture(contents(data), max_pixels, preview=preview)
-    _warn(picture.notes, stacklevel=3)
+    warn(picture.notes, stacklevel=3)
     return to_pil(picture)

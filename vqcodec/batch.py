@@ -29,14 +29,13 @@ from bitstream.container import MAX_SIDE, unpack
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec
 from vqcodec.config import DEFAULT_TUNE, Tune
-from vqcodec.image import Picture, Strip, info_of, read, stripped, to_pil
+from vqcodec.image import MOST_WEBP, Picture, Strip, info_of, read, stripped, to_pil
 from vqcodec.jobs import Job, begin
 from vqcodec.output import Options, save
 from vqcodec.progress import Progress
 from vqcodec.targets import Target
 
 Item = TypeVar("Item")
-MOST_WEBP = 16_383  # pixels a side
 
 
 class Result(NamedTuple):

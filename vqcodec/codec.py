@@ -29,10 +29,10 @@ from vqcodec.image import (
     checked_exif,
     contents,
     pack_alpha,
-    picture_of,
-    stripped,
     to_pil,
+    told,
     unpack_alpha,
+    warn,
 )
 from vqcodec.masking import smoothness, variance, visibility
 from vqcodec.metrics import psnr
@@ -125,7 +125,7 @@ class Codec:
         that there is not.
         """
         # Without names for what comes between, which would stay in memory.
-        encoder = PictureEncoder(self, stripped(picture_of(image), strip), effort, tune)
+        encoder = PictureEncoder(self, told(image, strip), effort, tune)
         return encoder.encode(quality, progress, last=True)
 
     def decode(
@@ -147,7 +147,9 @@ class Codec:
         Raises BitstreamError, by kind: not a .vq2 file, damaged, of another version, written with other weights,
         larger than ``max_pixels`` or the free memory allow.
         """
-        return to_pil(self.decode_picture(contents(data), max_pixels, progress, preview))
+        picture = self.decode_picture(contents(data), max_pixels, progress, preview)
+        warn(picture.notes, stacklevel=3)
+        return to_pil(picture)
 
     def decode_picture(
         self,
@@ -196,8 +198,7 @@ class Codec:
         tune, strip, effort: as in ``encode``; without a tune a PSNR is reached by files that are made for it. progress:
         called with 0..1 for every file tried. Raises ImageError.
         """
-        picture = picture_of(image)
-        encoder = PictureEncoder(self, stripped(picture, strip), effort, tune or target.tune)
+        encoder = PictureEncoder(self, told(image, strip), effort, tune or target.tune)
 
         def attempt(quality: float, level: int) -> tuple[bytes, float]:
             data = encoder.encode(quality, progress, level - 1)

@@ -1,5 +1,5 @@
-"""Training's many small operations on a CPU, compiled: one pass over rows that stay in a cache, where torch takes a
-dozen passes over all of them. The same in torch, for GPUs, is where these are called.
+"""The small operations around the networks and of the metric on a CPU, compiled: one pass over rows that stay in a
+cache, where torch takes a dozen passes over all of them. The same in torch, for GPUs, is where these are called.
 
 Tensors come as they are, on the CPU and contiguous. torch itself is not needed to compile this.
 """

@@ -69,8 +69,14 @@ def first(block: bytes) -> int:
 
 
 def directory(block: bytes, at: int) -> tuple[Directory, int]:
-    """The fields of the directory at an offset, and where the next one is, or 0. Fields of unknown types and of values
-    outside the block are left out."""
+    """The fields of the directory at an offset, of a tag that is there twice the last, and where the next directory is,
+    or 0. Fields of unknown types and of values outside the block are left out."""
+    found, following = entries(block, at)
+    return {field.tag: field for field in found}, following
+
+
+def entries(block: bytes, at: int) -> tuple[list[Field], int]:
+    """As ``directory``, but all fields in their order."""
     e, big = order(block), _is_big(block)
     count_form, form, inline, next_form = ("Q", "HHQ", 8, "Q") if big else ("H", "HHI", 4, "I")
     (count,) = _unpack(e + count_form, block, at)
@@ -78,7 +84,7 @@ def directory(block: bytes, at: int) -> tuple[Directory, int]:
     head = struct.calcsize(e + form)
     if not at or place + count * (head + inline) > len(block):
         raise ValueError(f"no directory at byte {at}")
-    fields: Directory = {}
+    fields: list[Field] = []
     total = 0
     for _ in range(count):
         tag, kind, number = _unpack(e + form, block, place)
@@ -88,7 +94,7 @@ def directory(block: bytes, at: int) -> tuple[Directory, int]:
             total += size
             if total > len(block):  # before they are copied: a small file could ask for terabytes
                 raise ValueError(f"the values of the directory at byte {at} overlap")
-            fields[tag] = Field(tag, kind, number, block[start : start + size], place, start)
+            fields.append(Field(tag, kind, number, block[start : start + size], place, start))
         place += head + inline
     following = block[place : place + struct.calcsize(e + next_form)]
     return fields, int.from_bytes(following, "little" if e == "<" else "big")
@@ -165,14 +171,16 @@ def without_gps(exif: bytes) -> bytes:
     fields, _ = directory(exif, first(exif))
     if GPS not in fields:
         return exif
-    for field in sub_directory(exif, fields, GPS).values():
-        out[field.start : field.start + len(field.data)] = bytes(len(field.data))
-        out[field.place : field.place + 12] = bytes(12)
-    place, e, count = fields[GPS].place, order(exif), len(exif)
-    (entries,) = _unpack(e + "H", exif, first(exif))
-    end = min(first(exif) + 2 + 12 * entries + 4, count)  # with the offset of the next directory
+    place, e = fields[GPS].place, order(exif)
+    if at := number(exif, fields, GPS):
+        for field in entries(exif, at)[0]:  # a tag may be there twice
+            out[field.start : field.start + len(field.data)] = bytes(len(field.data))
+        (count,) = _unpack(e + "H", exif, at)
+        out[at + 2 : at + 2 + 12 * count] = bytes(12 * count)
+    (count,) = _unpack(e + "H", exif, first(exif))
+    end = min(first(exif) + 2 + 12 * count + 4, len(exif))  # with the offset of the next directory
     out[place:end] = exif[place + 12 : end] + bytes(12)
-    struct.pack_into(e + "H", out, first(exif), entries - 1)
+    struct.pack_into(e + "H", out, first(exif), count - 1)
     return bytes(out)
 
 

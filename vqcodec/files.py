@@ -121,11 +121,14 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """OSError, with the folder as its filename, if a new file `path` could not be written. Leaves nothing behind.
+    """OSError, with the folder as its filename, if a file `path` could not be written, and if it is a folder itself.
+    Leaves nothing behind.
 
     The folder need not exist yet: then it is about the nearest one above that does.
     """
     path = os.path.realpath(path) if os.path.exists(path) else os.path.abspath(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe or /dev/null: written directly
         return
     folder = os.path.dirname(path)

@@ -11,8 +11,9 @@ import errno
 import os
 import re
 import struct
+import warnings
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -105,7 +106,7 @@ def _read(data: bytes, max_pixels: int) -> Picture:
         image.info.update(info)
     excess = over_limit(*image.size, max_pixels)
     if excess:
-        raise ImageError(f"{excess}: raise the limit to read it")
+        raise ImageError(f"{excess}: raise it (--max-pixels, or max_pixels of vqcodec.image.read)")
     picture = _from_file(image, data)
     picture.notes[:0] = notes
     return picture
@@ -443,6 +444,7 @@ def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     return converted
 
 
+MOST_WEBP = 16_383  # pixels a side of a WebP file
 MOST_ICC = 255 * 65_519  # bytes: what a JPEG file can hold, and more than any device's
 
 
@@ -530,6 +532,36 @@ def with_resolution(exif: bytes | None, info: dict[Any, Any]) -> bytes | None:
         return exif_block.with_resolution(exif, round(x, 3), round(y, 3), unit)
     except (TypeError, ValueError):  # no numbers, or EXIF that is broken: what it is worth otherwise stays
         return exif
+
+
+def with_metadata(picture: Picture, given: Mapping[str, Any]) -> Picture:
+    """With metadata instead of its own: ``icc_profile``, ``exif`` and ``xmp``, each None for none. What is no such
+    thing is dropped with a note."""
+    notes = list(picture.notes)
+    icc, exif, xmp = (_bytes(given.get(name)) for name in ("icc_profile", "exif", "xmp"))
+    return replace(
+        picture,
+        icc=_matching(icc, picture.colour, notes) if "icc_profile" in given else picture.icc,
+        exif=checked_exif(exif, notes) if "exif" in given else picture.exif,
+        xmp=xmp if "xmp" in given else picture.xmp,
+        notes=notes,
+    )
+
+
+def told(image: "Image.Image | ArrayLike | Picture | Source", strip: "Strip") -> Picture:
+    """The image as a picture without what `strip` names, and what it has lost as warnings to who calls the caller: a
+    Picture's own notes are known already."""
+    picture = picture_of(image)
+    known = len(picture.notes) if picture is image else 0
+    picture = stripped(picture, strip)
+    warn(picture.notes[known:], stacklevel=4)
+    return picture
+
+
+def warn(notes: Sequence[str], stacklevel: int) -> None:
+    """stacklevel: 2 is who calls this function; it should be who calls this package."""
+    for note in notes:
+        warnings.warn(note, stacklevel=stacklevel)
 
 
 # --- out ---

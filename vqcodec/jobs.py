@@ -92,6 +92,8 @@ def plan_jobs(
     to_folder = out is not None and (bool(inside) or out.endswith(("/", os.sep)) or _is_folder(out))
     if force and resume:
         raise UsageError("--force replaces all outputs that exist and --resume those out of date: choose one")
+    if out == "-" and (inside or len(sources) > 1):
+        raise UsageError("- (standard output) holds one file: name a folder with -o")
     if out is not None and not to_folder and len(sources) > 1:
         raise UsageError(f"several inputs need a folder: end OUT in a slash to have it made ({out}/)")
     if "-" in sources and (to_folder or len(sources) > 1):

@@ -14,16 +14,17 @@ from PIL import Image, features
 from bitstream.container import MAX_SIDE
 from vqcodec.codec import Codec
 from vqcodec.config import Tune
-from vqcodec.image import Bytes, Picture, stripped
+from vqcodec.image import MOST_WEBP, Bytes, Picture, stripped
 from vqcodec.metrics import psnr, ssimulacra2
 
 # --- vq2 beside what browsers show ---
 
-# Pillow's name of each rival, the feature it needs, and options that give small files at a bearable speed.
-RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
-    "JPEG": ("jpg", {"optimize": True, "progressive": True}),
-    "WEBP": ("webp", {"method": 6}),
-    "AVIF": ("avif", {"speed": 6}),
+# Pillow's name of each rival, the feature it needs, the longest side it can hold, and options that give small files at
+# a bearable speed.
+RIVALS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "JPEG": ("jpg", 65_500, {"optimize": True, "progressive": True}),
+    "WEBP": ("webp", MOST_WEBP, {"method": 6}),
+    "AVIF": ("avif", 65_536, {"speed": 6}),
 }
 QUALITIES = 101  # of all rivals: 0..100
 
@@ -49,7 +50,8 @@ def metrics() -> dict[str, Callable[[Bytes, Bytes], float | None]]:
 
 
 def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tune) -> Iterator[list[Panel]]:
-    """For each quality ours, then each rival that this Pillow has, as large as it can be without being larger.
+    """For each quality ours, then each rival that this Pillow has and that can hold the picture, as large as it can be
+    without being larger.
 
     Pixels as one sees them: upright, in sRGB, without alpha.
     """
@@ -59,8 +61,8 @@ def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tu
         data = codec.encode(plain, quality, tune=tune)
         decoded = codec.decode_picture(data, max_pixels=MAX_SIDE**2).pixels
         row = [_shown(f"vq2, quality {quality:g}, tune {tune}", pixels, _file(decoded, "PNG"), "png", len(data))]
-        for name, (feature, options) in RIVALS.items():
-            if features.check(feature):
+        for name, (feature, most, options) in RIVALS.items():
+            if features.check(feature) and max(pixels.shape) <= most:
                 best, file = _nearest(pixels, name, options, len(data))
                 row.append(_shown(name, pixels, file, name.lower(), len(file))._replace(quality=best))
         yield row

@@ -26,7 +26,7 @@ from bitstream import container
 from bitstream.container import ColourMode
 from bitstream.errors import BitstreamError, DamagedError
 from vqcodec.config import DEFAULT_EFFORT, DEFAULT_QUALITY, DEFAULT_TUNE
-from vqcodec.image import EXIF_PREFIX, checked_exif, from_pil
+from vqcodec.image import EXIF_PREFIX, bounded_icc, checked_exif, from_pil, to_pil, with_metadata
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
 DRAFT = 4  # a preview holds about this fraction of the detail
@@ -40,6 +40,7 @@ class Vq2ImageFile(ImageFile.ImageFile):
     def _open(self) -> None:
         assert self.fp is not None
         data, preview = self.fp.read(), False
+        notes: list[str] = []
         try:
             try:
                 parts = container.unpack(data, max_pixels=NO_LIMIT)
@@ -54,18 +55,17 @@ class Vq2ImageFile(ImageFile.ImageFile):
         self._mode = MODES[(header.colour.opaque if preview else header.colour).shown]
         self._size = header.width, header.height
         if not preview:
-            notes: list[str] = []
-            exif = checked_exif(parts.exif, notes)
+            icc, exif = bounded_icc(parts.icc, notes), checked_exif(parts.exif, notes)
             for note in notes:
                 warnings.warn(note, stacklevel=5)  # the caller of Image.open
             exif = exif and EXIF_PREFIX + exif
-            found = {"icc_profile": parts.icc, "exif": exif, "xmp": parts.xmp}
+            found = {"icc_profile": icc, "exif": exif, "xmp": parts.xmp}
             self.info.update({name: value for name, value in found.items() if value})
-        self._drafted = False
+        self._drafted, self._told = False, notes
         self._use(preview, 1)
 
     def _use(self, preview: bool, scale: int) -> None:
-        self.tile = [ImageFile._Tile("vq2", (0, 0, *self.size), 0, (preview, scale))]
+        self.tile = [ImageFile._Tile("vq2", (0, 0, *self.size), 0, (preview, scale, self._told))]
 
     def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
         """See the module. The mode stays as it is."""
@@ -84,25 +84,28 @@ class _Decoder(ImageFile.PyDecoder):
 
     def decode(self, buffer: Any) -> tuple[int, int]:
         assert self.fd is not None
-        preview, scale = self.args
+        preview, scale, told = self.args
         try:
-            image = vqcodec.decode(self.fd.read(), preview=preview, max_pixels=NO_LIMIT)
+            picture = vqcodec._codec("auto").decode_picture(self.fd.read(), NO_LIMIT, preview=preview)
         except BitstreamError as error:
             raise OSError(str(error)) from error
+        for note in picture.notes:
+            if note not in told:
+                warnings.warn(note, stacklevel=3)  # the caller of Image.load
+        image = to_pil(picture)
         self.set_as_raw(image.reduce(scale).tobytes() if scale > 1 else image.tobytes())
         return -1, 0
 
 
 def _save(image: Image.Image, file: IO[bytes], name: str | bytes) -> None:
     options = image.encoderinfo
-    metadata = ("icc_profile", "exif", "xmp")
-    given: dict[str | tuple[int, int], Any] = {key: options[key] for key in metadata if key in options}
-    if given:
-        if isinstance(given.get("exif"), Image.Exif):
-            given["exif"] = given["exif"].tobytes()
+    given = {key: options[key] for key in ("icc_profile", "exif", "xmp") if key in options}
+    if isinstance(given.get("exif"), Image.Exif):
+        given["exif"] = given["exif"].tobytes()
+    if image.mode == "CMYK" and given.get("icc_profile"):  # it says what the inks look like, and is used up by that
         image = image.copy()  # the caller keeps its own
-        image.info = {**image.info, **given}
-    picture = from_pil(image)
+        image.info = {**image.info, "icc_profile": given.pop("icc_profile")}
+    picture = with_metadata(from_pil(image), given)
     for note in picture.notes:
         warnings.warn(note, stacklevel=4)  # the caller of Image.save
     quality, strip = options.get("quality", DEFAULT_QUALITY), options.get("strip", False)

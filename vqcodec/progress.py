@@ -1,8 +1,6 @@
 """How far the work on a picture is: one number for stages that follow each other."""
 
-from collections.abc import Callable
-
-Progress = Callable[[float], None]
+from bitstream.indices import Progress as Progress
 
 
 class Stages:

@@ -35,7 +35,7 @@ def _path_end(url: str) -> tuple[str, str]:
 
 def split(name: str) -> tuple[str, str]:
     """Folder and name in it."""
-    if local(name) is not None:
+    if local(name) == name:
         return os.path.split(name)
     url, chain = _path_end(name)
     scheme, _, path = url.partition("://")
