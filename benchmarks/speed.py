@@ -37,7 +37,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "rANS": [*((rans.Encoder, name) for name in ("push", "finish")), (rans, "split")],
     "container": [
         *((container, name) for name in ("pack", "unpack", "checksum", "verify")),
-        *((vqcodec.codec, name) for name in ("picture_of", "to_pil", "pack_alpha", "unpack_alpha")),
+        *((vqcodec.codec, name) for name in ("told", "to_pil", "pack_alpha", "unpack_alpha")),
     ],
 }
 Timed = Callable[..., Any]

@@ -57,8 +57,9 @@ MEAN_COLOUR = 0.1  # share of a channel's function that is no more than a colour
 UNSEEN = 30.0  # rate weight of cells that nobody sees: what is likely will do, null or not
 MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another way to code them gains nothing
 # Bits of a file, and then for each pixel, up to which its picture is drawn to find its offset. That takes a tenth to a
-# half of the time of encoding. More bits, as photographs take from quality 3 on, leave little to find.
-FEW_BITS, FEW_BITS_PER_PIXEL = 1000, 0.05
+# half of the time of encoding. More bits, as photographs take from quality 3 on, leave little to find. A picture of a
+# kilobyte is drawn in no time.
+FEW_BITS, FEW_BITS_PER_PIXEL, SMALL_BITS = 1000, 0.05, 8000
 FAINT = 10  # grey levels of a picture's deviation from its mean, up to which it may be better to code that alone
 
 
@@ -340,8 +341,9 @@ class PictureEncoder:
         found = [self._coded(row, rate_weight, blank, stages, last and blank == ways[-1]) for blank in ways]
         self.grids, payloads = min(found, key=lambda way: sum(map(len, way[1])))
         self.offset = self._decoded = None
-        few = 8 * sum(map(len, payloads)) <= FEW_BITS + FEW_BITS_PER_PIXEL * self.width * self.height
-        if few:
+        bits = 8 * sum(map(len, payloads))
+        few = bits <= FEW_BITS + FEW_BITS_PER_PIXEL * self.width * self.height
+        if few or bits <= SMALL_BITS:
             self._find_offset(row)
         # For the eye grain is better than nothing, even if by squared error it is not.
         if (
