@@ -395,6 +395,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert vqcodec.Codec is Codec
 
 
+@pytest.mark.filterwarnings("ignore:only a preview")
 def test_a_preview_of_any_bytes_is_an_image_or_an_error_of_its_own(codec: Codec) -> None:
     data = (GOLDEN / "decode" / "grey-alpha.vq2").read_bytes()
     shown = 0

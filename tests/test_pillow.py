@@ -174,6 +174,7 @@ def test_a_file_that_is_not_one_is_left_to_others() -> None:
         Image.open(io.BytesIO(b"\xf6VQ3" + bytes(100)))
 
 
+@pytest.mark.filterwarnings("ignore:only a preview")
 def test_truncated_and_damaged_files_are_os_errors(monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
     data = saved(Image.open(PHOTO).convert("RGBA"))
     with pytest.raises(OSError, match="truncated"):

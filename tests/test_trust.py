@@ -49,12 +49,14 @@ def test_the_table_of_promises_names_tests_and_files_that_exist() -> None:
 # --- any bytes ---
 
 
+@pytest.mark.filterwarnings("ignore:only a preview")
 @pytest.mark.parametrize("target", targets.TARGETS)
 def test_fuzz_targets_pass_on_the_conformance_set(target: str, pillow_plugin: None) -> None:
     for data in [*DECODE, *REFUSE]:
         targets.TARGETS[target](data)
 
 
+@pytest.mark.filterwarnings("ignore:only a preview")
 @settings(max_examples=40)
 @given(st.sampled_from([*SMALL, *REFUSE]), st.data())
 def test_fuzz_targets_pass_on_mutations(pillow_plugin: None, seed: bytes, data: st.DataObject) -> None:
