@@ -124,13 +124,7 @@ def run(
     result = {
         "benchmark": "ablate",
         "machine": machine.describe(codec, weights),
-        "corpus": {
-            "folder": corpus.name_of(folder),
-            "images": len(names),
-            "names": names,
-            "pixels": pixels,
-            "skipped": skipped,
-        },
+        "corpus": corpus.summary(folder, names, pixels, skipped),
         "variants": variants,
         "choice": _choices(points, tuple(encoders), levels, pixels / len(names)),
         "priors": [

@@ -22,6 +22,17 @@ def name_of(folder: Path) -> str:
     return os.path.basename(os.path.abspath(folder))
 
 
+def summary(folder: Path, names: list[str], pixels: int, skipped: dict[str, str]) -> dict[str, Any]:
+    """What was measured. pixels: of all images together; skipped: reasons by name."""
+    return {
+        "folder": name_of(folder),
+        "images": len(names),
+        "names": names,
+        "pixels": pixels,
+        "skipped": skipped,
+    }
+
+
 def load(path: Path) -> Bytes | str:
     """Pixels (H, W, 3) of an image, without alpha and metadata; or why they cannot be read."""
     try:

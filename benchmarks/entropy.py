@@ -75,13 +75,7 @@ def run(
     result = {
         "benchmark": "entropy",
         "machine": machine.describe(codec, weights),
-        "corpus": {
-            "folder": corpus.name_of(folder),
-            "images": len(names),
-            "names": names,
-            "pixels": pixels,
-            "skipped": skipped,
-        },
+        "corpus": corpus.summary(folder, names, pixels, skipped),
         "strides": [grid.stride for grid in model.config.grids],
         "levels": [
             {
