@@ -309,7 +309,7 @@ def test_tiles_give_the_picture_that_one_piece_gives(codec: Codec, monkeypatch: 
     monkeypatch.setattr(tiling, "TILE", 128)
     tiled = np.asarray(codec.decode(data), np.int16)
     assert np.abs(tiled - whole).max() <= 1
-    assert abs(len(codec.encode(image, 2)) / len(data) - 1) <= 0.002
+    assert abs(len(codec.encode(image, 2)) / len(data) - 1) <= 0.003
 
 
 @pytest.fixture

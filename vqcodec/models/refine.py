@@ -4,9 +4,10 @@ The encoder measures an error by the distance of a code from its latents, |z - e
 rotation. Around chosen codes e the true distortion has the gradient g; it is that of the distance from z = e - g / 2.
 So the latents take a step towards there, codes are chosen anew, and so on: what the decoder sees are real codes in
 every step. Decoders do not notice. Steps become shorter and shorter: each choice of codes changes the gradients of its
-neighbours, and long last steps would leave that noise in the latents. A step costs a forward and a backward pass of the
-decoder's finest part. What codes cost the prior says in the second step, and anew in every third after it: for the
-first, codes chosen by their frequencies alone are good enough.
+neighbours, and long last steps would leave that noise in the latents. Only the first is shorter than the second: from
+the guess a long step overshoots where the decoder is steep. So would single cells: what they move is limited. A step
+costs a forward and a backward pass of the decoder's finest part. What codes cost the prior says in the second step, and
+anew in every third after it: for the first, codes chosen by their frequencies alone are good enough.
 
 For the eye a half of the squared error gives way to the distance by SSIMULACRA 2. That is steep where errors show most,
 steeper than the distance of the choice knows of: what it has in a step is limited, because without that it overshoots
@@ -30,12 +31,12 @@ from vqcodec.models.precision import full_precision
 from vqcodec.models.vqvae import VQVAE, Base, pointwise
 from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
-STEP_SIZE = 0.5  # of the way to e - g / 2 in the first step, from where it falls to nothing; see the model card
+LONGEST_STEP = 0.5  # of the way to e - g / 2, see ``_step_size`` and the model card
+STEP_LIMIT = 6.0  # of g / 2, in each channel: single cells overshoot
 RATES_LAST = 3  # steps until the prior is asked anew, from the second on
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.7 does as well by it and costs more PSNR
 VISUAL_LIMIT = 1.25  # of what that distance has in g / 2, in each channel by the linear path
 VISUAL_RANK = 0.2  # directions of that path with less than this share of the largest singular value are left out
-STEP_LIMIT = 5.0  # of g / 2 for the eye, in each channel: single cells still overshoot
 
 
 @torch.inference_mode(False)
@@ -77,10 +78,15 @@ def refined_latents(
         indices = model.choose(finest, z, rates, rate_weights) if step else model.guess(finest, z, level, rate_weights)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         half = weight * _gradient(model, x, codes, base, level, eye)
-        if eye is not None:
-            half.clamp_(-STEP_LIMIT, STEP_LIMIT)
-        z = torch.lerp(z, codes.detach() - half, STEP_SIZE * (1 - step / steps))
+        half.clamp_(-STEP_LIMIT, STEP_LIMIT)
+        z = torch.lerp(z, codes.detach() - half, _step_size(step, steps))
     return z
+
+
+def _step_size(step: int, steps: int) -> float:
+    """Of the way to e - g / 2: falls from LONGEST_STEP linearly to nothing, but that the first two take turns."""
+    place = 1 - step if step < 2 <= steps else step
+    return LONGEST_STEP * (1 - place / steps)
 
 
 def _gradient(model: VQVAE, x: Tensor, codes: Tensor, base: Base | None, level: Tensor, eye: "_Eye | None") -> Tensor:
