@@ -1,8 +1,6 @@
 """What the eye overlooks, and what it does not: errors show in the flat parts of a picture, less where texture hides
 them, and most where a flat part is off as a whole."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,18 +17,18 @@ SMOOTH = 5.0  # squared grey levels: with this variance half of what a flat cell
 
 
 def variance(pixels: Tensor, cell: int) -> Tensor:
-    """That of luma within cells, its mean over 3 x 3 of them: (1, 3, H, W), 0..255, sides multiples of cell, to
-    (1, 1, H / cell, W / cell)."""
+    """That of luma within cells, its mean over 3 x 3 of them: (B, 3, H, W), 0..255, sides multiples of cell, to
+    (B, 1, H / cell, W / cell)."""
     red, green, blue = pixels.float().split(1, 1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     within = (F.avg_pool2d(luma.square(), cell) - F.avg_pool2d(luma, cell).square()).clamp(min=0)
     return F.avg_pool2d(F.pad(within, (1, 1, 1, 1), "replicate"), 3, 1)
 
 
-def visibility(variance: Tensor, lambda_: float) -> Tensor:
+def visibility(variance: Tensor, lambda_: float | Tensor) -> Tensor:
     """How much an error in each cell counts for the eye, compared with squared error, from 1 / MOST to MOST. lambda_:
-    weight of the squared error against the bits, positive."""
-    floor = FLOOR / math.sqrt(lambda_)
+    weight of the squared error against the bits, positive; one of all pictures, or one of each, (B, 1, 1, 1)."""
+    floor = FLOOR / lambda_**0.5
     return ((REFERENCE + floor) / (variance + floor)).pow(STRENGTH).clamp(1 / MOST, MOST)
 
 

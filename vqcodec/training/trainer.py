@@ -8,9 +8,9 @@ joint      everything, from trained weights      1
 finish     the decoder, its code vectors and     1, less where smooth
            the priors, on what the fit makes
            of latents: the last mile
-distill    the encoder's last layers for the     1, less where smooth
-           finest grid, to say at once what
-           the fit makes of their latents
+distill    the encoder's last layers for the     1, less where smooth;
+           finest grid, to say at once what      for the eye by what it
+           the fit makes of their latents        overlooks
 prior      the priors                                1
 visual     the gains and biases for the eye,     1
            which no other stage touches
@@ -21,7 +21,8 @@ gives every level a like share: the optimal loss grows about as the square root 
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
 gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish`` and
 ``distill`` the latents are fitted as the encoder does it at the default effort; all other stages learn from its first
-guess. The loss of ``distill`` is the squared distance of that guess from what the fit makes of it, weighted as above.
+guess. The loss of ``distill`` is the squared distance of that guess from what the fit makes of it, weighted as above;
+with a bank for the eye every second step is for the eye.
 The last part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest
 levels alone.
 
@@ -50,6 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bitstream.errors import UsageError, WeightsError
 from vqcodec.config import DEFAULT_EFFORT, EFFORTS, ModelConfig, Stage
 from vqcodec.files import write_atomically
+from vqcodec.masking import variance, visibility
 from vqcodec.models.refine import refined_latents
 from vqcodec.models.vqvae import VQVAE, Fit, Output, ResBlock
 from vqcodec.smooth import rate_share
@@ -208,17 +210,22 @@ def sample_weights(config: ModelConfig) -> Tensor:
     return (lambdas[config.levels // 2] / lambdas).sqrt() if config.rate_constrained else torch.ones(config.levels)
 
 
-def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, bits: Tensor) -> Fit:
-    """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. bits: (B,), as in
-    ``refined_latents``."""
+def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, bits: Tensor, visual: bool) -> Fit:
+    """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. bits (B,) and visual: as
+    in ``refined_latents``."""
     pixels = (x * 255).round().to(torch.uint8)
 
     def fit(z: Tensor, context: Tensor | None, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         if not model.config.rate_constrained:
             return z.detach(), torch.zeros_like(z[:, :1])
         context = None if context is None else context.detach()
-        weights, steps = rate_share(z), EFFORTS[DEFAULT_EFFORT]
-        return refined_latents(model, pixels, z.detach(), context, level, bits, weights, steps, known, False), weights
+        if visual:
+            lambdas = bits[:, None, None, None] * 3 / 255**2
+            weights = 1 / visibility(variance(pixels, model.config.grids[-1].stride), lambdas)
+        else:
+            weights = rate_share(z)
+        steps = EFFORTS[DEFAULT_EFFORT]
+        return refined_latents(model, pixels, z.detach(), context, level, bits, weights, steps, known, visual), weights
 
     return fit
 
@@ -360,10 +367,11 @@ class Objective:
         """network: the model as it is called, see ``wrapped``; x: crops (B, 3, H, W) in 0..1."""
         config, eye, pixels = self.config, self.eye, x[0, 0].numel()
         first = config.levels - 2 if self.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
-        level = levels_for(len(x), first, config.levels, self.device) + (config.levels if eye else 0)
+        visual = eye is not None or (self.stage == "distill" and config.banks == 2 and step % 2 == 1)
+        level = levels_for(len(x), first, config.levels, self.device) + (config.levels if visual else 0)
         dropped = torch.rand(len(x), device=self.device) < DROPPED
         with torch.autocast(self.device.type, torch.bfloat16):
-            fit = encoder_fit(self.model, x, level, self.scales[level] / 3) if self.stage in FITTED else None
+            fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual) if self.stage in FITTED else None
             out = network(x, level, rate_weight(self.stage, step, config), dropped, fit)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
         x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
