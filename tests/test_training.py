@@ -32,7 +32,9 @@ from vqcodec.training.trainer import (
     Run,
     Sums,
     crops_at,
+    fits,
     in_banks,
+    in_encoder,
     learning_rate,
     levels_for,
     optimizers,
@@ -41,7 +43,7 @@ from vqcodec.training.trainer import (
     with_two_banks,
     without_denormals,
 )
-from vqcodec.weights import load_weights, to_file
+from vqcodec.weights import load_weights, save_weights, to_file
 
 ACTIVE = 0.6, 0.13  # share of a grid's indices that are not null, at quality 5
 
@@ -159,9 +161,10 @@ def test_the_rate_ramps_up_in_the_first_stage_only(stage: Stage) -> None:
 
 
 def test_the_learning_rate_warms_up_holds_and_falls() -> None:
-    assert learning_rate(0.0, 0, "joint") < 0.01
-    assert learning_rate(0.5, 10_000, "joint") == learning_rate(0.5, 100, "visual") == 1.0
-    assert learning_rate(1.0, 10_000, "joint") < 0.05
+    assert learning_rate(0.0, 0, "joint", False) < 0.01
+    assert learning_rate(0.5, 10_000, "joint", False) == learning_rate(0.5, 100, "visual", False) == 1.0
+    assert learning_rate(1.0, 10_000, "joint", False) < 0.05
+    assert 0.05 < learning_rate(0.7, 10_000, "finish", True) < 0.5  # it falls for most of the run
 
 
 def test_a_batch_holds_every_level_as_often_as_it_can() -> None:
@@ -198,7 +201,7 @@ def test_the_encoder_comes_to_say_what_the_fit_makes_of_its_latents(images: Path
 
     def loss(model: VQVAE, step: int) -> float:
         torch.manual_seed(0)  # the same levels
-        return Objective(model.eval(), "distill", crops.device)(model, crops, step, 0.5).loss.item()
+        return Objective(model.eval(), "distill", True, crops.device)(model, crops, step, 0.5).loss.item()
 
     for tune in range(2):
         assert loss(after, tune) < loss(before, tune)
@@ -370,14 +373,42 @@ def test_residual_blocks_learn_more_slowly() -> None:
     assert rates[id(block.a.weight)] == rates[id(block.b.weight)] == BLOCK_RATE * rates[id(down.weight)]
 
 
-def test_a_bank_that_goes_on_learns_more_slowly_than_a_new_one() -> None:
+def test_a_bank_that_goes_on_learns_more_slowly_from_fitted_latents_and_leaves_the_encoder() -> None:
     model = with_two_banks(VQVAE(TINY))
+
+    def learned() -> set[str]:
+        return {name for name, p in model.named_parameters() if p.requires_grad}
+
     (adam,) = optimizers(model, "visual")
     assert {group["lr"] for group in adam.param_groups} == {VISUAL_RATE}
+    assert not fits(model, "visual")
+    assert {name for name in learned() if in_encoder(name)} == {
+        *("analysis.0.gain", "analysis.1.gain", "analysis.2.gain", "latents.0.log_gain", "latents.1.log_gain")
+    }
     with torch.no_grad():
         model.latents[-1].log_inverse[-1] += 0.01
     (adam,) = optimizers(model, "visual")
     assert {group["lr"] for group in adam.param_groups} == {SETTLED * VISUAL_RATE}
+    assert fits(model, "visual")
+    assert not fits(model, "joint")
+    assert {"synthesis.0.gain", "latents.1.log_inverse"} <= learned()
+    assert not [name for name in learned() if in_encoder(name)]
+
+
+def test_a_new_bank_stays_new_when_its_run_is_resumed(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[bool] = []
+    monkeypatch.setattr(trainer, "encoder_fit", lambda *_: fitted.append(True))
+    for steps in (2, 4):
+        train(run(images, tmp_path / "r", stage="visual", start=WEIGHTS, steps=steps), quiet)
+    assert not fitted
+    model = with_two_banks(load_weights(WEIGHTS))
+    with torch.no_grad():
+        model.latents[-1].log_inverse[-1] += 0.1
+    save_weights(model, tmp_path / "trained.safetensors")
+    train(run(images, tmp_path / "s", stage="visual", start=tmp_path / "trained.safetensors", steps=1), quiet)
+    assert fitted
 
 
 def test_training_flushes_denormals_and_the_caller_does_not() -> None:

@@ -12,17 +12,18 @@ distill    the encoder's last layers for the     1, less where smooth;
            finest grid, to say at once what      for the eye by what it
            the fit makes of their latents        overlooks
 prior      the priors                                1
-visual     the gains and biases for the eye,     1
-           which no other stage touches
+visual     the gains and biases for the eye,     1; once they have been
+           which no other stage touches; once    trained, by what the eye
+           trained, all but the encoder's        overlooks
 =========  ====================================  =================================
 
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
 gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish`` and
-``distill`` the latents are fitted as the encoder does it at the default effort; all other stages learn from its first
-guess. The loss of ``distill`` is the squared distance of that guess from what the fit makes of it, weighted as above;
-with a bank for the eye every second step is for the eye.
+``distill``, and in ``visual`` with a bank that has been trained before, the latents are fitted as the encoder does it
+at the default effort; all else learns from its first guess. The loss of ``distill`` is the squared distance of that
+guess from what the fit makes of it, weighted as above; with a bank for the eye every second step is for the eye.
 The last part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest
 levels alone.
 
@@ -60,12 +61,10 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon
 from vqcodec.weights import load_weights, save_weights
 
-FITTED: tuple[Stage, ...] = ("finish", "distill")  # stages whose latents are fitted
-
 MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
-SETTLED = 0.125  # factor on it for a bank that goes on
+SETTLED = 0.025  # factor on it for a bank that goes on, with fitted latents
 FINISH_RATE = 0.05  # factor on both in the stage ``finish``: at more of it codes come to cost more than they bring
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
 DISTILL_RATE = 0.3  # factor on both in the stage ``distill``
@@ -106,11 +105,11 @@ class Run:
     log_steps: int = 50
 
 
-def learning_rate(progress: float, step: int, stage: Stage) -> float:
-    """Factor of the learning rate: warm up, hold, fall as a cosine."""
-    cooldown = LONG_COOLDOWN if stage in FITTED else COOLDOWN
+def learning_rate(progress: float, step: int, stage: Stage, fitted: bool) -> float:
+    """Factor of the learning rate: warm up, hold, fall as a cosine; fitted: as in ``fits``."""
+    cooldown = LONG_COOLDOWN if fitted else COOLDOWN
     fall = max(0.0, (progress - 1 + cooldown) / cooldown)
-    return min(1.0, (step + 1) / (SHORT_WARM_UP if stage in (*FITTED, "visual") else WARM_UP)) * (
+    return min(1.0, (step + 1) / (SHORT_WARM_UP if fitted or stage == "visual" else WARM_UP)) * (
         FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
     )
 
@@ -140,14 +139,20 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
     if stage in ("vqvae", "joint"):
         return True
     if stage == "visual":
-        return in_banks(name)
+        # Fitted latents have no gradients of the distortion for the encoder, only those of the rate: it would shrink.
+        return in_banks(name) and not (settled(model) and in_encoder(name))
     if stage == "finish":
-        encoder = name.startswith(("stem.", "down.", "analysis.", "merge.", "coefficients."))
-        return not (encoder or ".project." in name or name.endswith(".log_gain"))
+        return not in_encoder(name)
     if stage == "distill":
         parts = ("merge.{}.", "coefficients.{}.", "latents.{}.project.", "latents.{}.log_gain")
         return name.startswith(tuple(part.format(len(model.codebooks) - 1) for part in parts))
     return name.startswith("priors.")
+
+
+def in_encoder(name: str) -> bool:
+    """Whether a parameter is of the encoder."""
+    parts = name.startswith(("stem.", "down.", "analysis.", "merge.", "coefficients."))
+    return parts or ".project." in name or name.endswith(".log_gain")
 
 
 def in_banks(name: str) -> bool:
@@ -166,10 +171,14 @@ def with_two_banks(model: VQVAE) -> VQVAE:
     return grown
 
 
-def bank_rate(model: VQVAE) -> float:
-    """Adam's rate for the second bank of a model, by whether it is still a copy of the first one."""
-    new = all(torch.equal(*latent.log_inverse.chunk(2)) for latent in model.latents)
-    return VISUAL_RATE if new else SETTLED * VISUAL_RATE
+def settled(model: VQVAE) -> bool:
+    """Whether the second bank of a model is no longer a copy of the first one."""
+    return not all(torch.equal(*latent.log_inverse.chunk(2)) for latent in model.latents)
+
+
+def fits(model: VQVAE, stage: Stage) -> bool:
+    """Whether a run that starts with a model learns from latents that are fitted as in files."""
+    return stage in ("finish", "distill") or (stage == "visual" and settled(model))
 
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -197,7 +206,9 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
             (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
     factor = {"finish": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
-    adam_rate = bank_rate(model) if stage == "visual" else factor * ADAM_RATE
+    adam_rate = factor * ADAM_RATE
+    if stage == "visual":
+        adam_rate = SETTLED * VISUAL_RATE if settled(model) else VISUAL_RATE
     adam = torch.optim.Adam(rest, adam_rate, betas=(0.9, 0.99))
     if books:
         adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
@@ -354,9 +365,9 @@ class Measured(NamedTuple):
 class Objective:
     """The loss that the head of this file tells of, of one batch after the other."""
 
-    def __init__(self, model: VQVAE, stage: Stage, device: torch.device) -> None:
+    def __init__(self, model: VQVAE, stage: Stage, fitted: bool, device: torch.device) -> None:
         config = model.config
-        self.model, self.config, self.stage, self.device = model, config, stage, device
+        self.model, self.config, self.stage, self.fitted, self.device = model, config, stage, fitted, device
         lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         self.scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
@@ -371,7 +382,7 @@ class Objective:
         level = levels_for(len(x), first, config.levels, self.device) + (config.levels if visual else 0)
         dropped = torch.rand(len(x), device=self.device) < DROPPED
         with torch.autocast(self.device.type, torch.bfloat16):
-            fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual) if self.stage in FITTED else None
+            fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual) if self.fitted else None
             out = network(x, level, rate_weight(self.stage, step, config), dropped, fit)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
         x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
@@ -449,6 +460,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
     with without_denormals(), processes() as (rank, size, device):
         seed_everything(run.seed)
         model = prepared(run, device)
+        fitted = fits(model, run.stage)  # by the start, also of a run that is resumed
         state = State(run, model)
         base = [group["lr"] for optim in state.optimizers for group in optim.param_groups]
         run.output.mkdir(parents=True, exist_ok=True)
@@ -459,7 +471,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             report(f"resuming at step {state.step}, {state.elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * state.step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
-        network, objective = wrapped(model, size, device), Objective(model, run.stage, device)
+        network, objective = wrapped(model, size, device), Objective(model, run.stage, fitted, device)
         started = saved_at = time.monotonic()
         sums = Sums(model.config.levels, device)
         while True:
@@ -471,7 +483,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
                 progress = shared.item()
             if progress >= 1:
                 break
-            factor = learning_rate(progress, state.step, run.stage)
+            factor = learning_rate(progress, state.step, run.stage, fitted)
             for group, lr in zip((g for o in state.optimizers for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
             batch = objective(network, crops.draw(*crops_at(run, progress)), state.step, progress)
@@ -509,7 +521,7 @@ def prepared(run: Run, device: torch.device) -> VQVAE:
     model.requires_grad_(True)
     for book in model.codebooks:
         book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
-    if run.stage in (*FITTED, "prior"):
+    if run.stage in ("finish", "distill", "prior"):
         model.codebooks.eval()  # they have nothing to learn from latents
     for book in model.codebooks:
         book.fixed = run.stage == "visual"
