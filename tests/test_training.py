@@ -24,6 +24,7 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
 from vqcodec.training.trainer import (
     BLOCK_RATE,
+    REUSE,
     SETTLED,
     VISUAL_RATE,
     Average,
@@ -191,6 +192,50 @@ def test_the_last_mile_leaves_the_encoder_as_it_is(images: Path, tmp_path: Path)
     assert not [name for name in changed if ".project." in name or name.endswith(".log_gain")]
 
 
+def test_the_decoder_learns_alone_from_what_files_have(images: Path, tmp_path: Path) -> None:
+    before = with_two_banks(load_weights(WEIGHTS))
+    save_weights(before, tmp_path / "start.safetensors")
+    settings = {"stage": "decoder", "start": tmp_path / "start.safetensors", "steps": 60}
+    after = train(run(images, tmp_path / "r", **settings), quiet)
+    changed = {name for name, x in after.state_dict().items() if not torch.equal(before.state_dict()[name], x)}
+    decoder = ("join.", "synthesis.", "up.", "tail.", "pixels.", "latents.0.log_inverse", "latents.1.log_inverse")
+    assert changed == {name for name in after.state_dict() if name.startswith(decoder)}
+    crops = Crops([(Cache(images, tmp_path / "cache"), 1.0)], 64, torch.device("cpu")).draw(8, 64)
+    objective = Objective(before, "decoder", True, crops.device)
+    for step in (0, REUSE):
+        batch = objective.batch(lambda: crops, step, 0.5)
+        assert batch.visual == (step > 0)
+        losses = []
+        for model in (before, after):
+            torch.manual_seed(0)  # the same samples without the finer grid
+            losses.append(objective(model, batch, step).loss.item())
+        assert losses[1] < losses[0]
+
+
+def test_recorded_batches_are_what_the_whole_journey_gives_and_are_used_again(images: Path, tmp_path: Path) -> None:
+    model = load_weights(WEIGHTS)
+    crops = Crops([(Cache(images, tmp_path / "cache"), 1.0)], 64, torch.device("cpu")).draw(4, 64)
+    objective = Objective(model, "decoder", True, crops.device)
+    drawn: list[int] = []
+
+    def draw() -> torch.Tensor:
+        drawn.append(1)
+        return crops
+
+    batches = [objective.batch(draw, step, 0.5) for step in range(2 * REUSE)]
+    assert len(drawn) == 2 and {id(batch) for batch in batches} == {id(batches[0]), id(batches[REUSE])}
+    first = batches[0]
+    torch.testing.assert_close(first.x.float() / 255, crops, rtol=0, atol=0.51 / 255)
+    with torch.no_grad():
+        given = model(crops, first.level, 1.0, None, None, first.indices)
+        context = model.decode_grid(0, model.codes(0, first.indices), None, first.level)
+        x_hat = model.decode_grid(1, model.codes(1, first.indices), context, first.level)
+    assert torch.equal(given.x_hat, x_hat)
+    for p in model.parameters():
+        p.data.zero_()  # the model learns, what records does not
+    assert objective.batch(draw, 2 * REUSE, 0.5).bpp.sum() > 0  # type: ignore[union-attr]
+
+
 def test_the_encoder_comes_to_say_what_the_fit_makes_of_its_latents(images: Path, tmp_path: Path) -> None:
     before = load_weights(WEIGHTS)
     after = train(run(images, tmp_path / "r", stage="distill", start=WEIGHTS, steps=60), quiet)
@@ -201,7 +246,8 @@ def test_the_encoder_comes_to_say_what_the_fit_makes_of_its_latents(images: Path
 
     def loss(model: VQVAE, step: int) -> float:
         torch.manual_seed(0)  # the same levels
-        return Objective(model.eval(), "distill", True, crops.device)(model, crops, step, 0.5).loss.item()
+        objective = Objective(model.eval(), "distill", True, crops.device)
+        return objective(model, objective.batch(lambda: crops, step, 0.5), step).loss.item()
 
     for tune in range(2):
         assert loss(after, tune) < loss(before, tune)

@@ -115,12 +115,13 @@ class Rates(NamedTuple):
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
     penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the finest latents from
-    what a fit makes of them, 0 without one."""
+    what a fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
 
     x_hat: Tensor
     bits: Tensor
     penalty: Tensor
     distance: Tensor
+    indices: Sequence[Tensor]
 
 
 class Base(NamedTuple):
@@ -311,12 +312,19 @@ class VQVAE(nn.Module):
         return _grid(index, z)
 
     def forward(
-        self, x: Tensor, level: Tensor, rate_weight: float, dropped: Tensor | None = None, fit: Fit | None = None
+        self,
+        x: Tensor,
+        level: Tensor,
+        rate_weight: float,
+        dropped: Tensor | None = None,
+        fit: Fit | None = None,
+        given: Sequence[Tensor] = (),
     ) -> Output:
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
         the latents of the finest grid; then code vectors learn from the image, and those latents from the distance.
+        given: the indices of all grids: then the decoder alone is at work, and bits, penalty and distance are 0.
 
         The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
         backward pass is the most expensive part of a step.
@@ -326,6 +334,11 @@ class VQVAE(nn.Module):
         n = (len(x) + 1) // 2
         bits, penalty, distance = [], x.new_zeros(len(x)), x.new_zeros(len(x))
         known: list[Tensor] = []
+        if given:
+            for k in range(len(given)):
+                context = self.decode_grid(k, self._kept(k, self.codes(k, given), dropped), context, level)
+            assert context is not None
+            return Output(context, x.new_zeros(len(given), n), penalty, distance, given)
         for k, features in enumerate(self.analyse(x, level)):
             z = self.latent(k, x, features, context, level)
             stack = self.priors[k].condition
@@ -345,11 +358,14 @@ class VQVAE(nn.Module):
                 self.code_lengths(k, index[:n], seen[:n], None if condition is None else condition[:n], level[:n])
             )
             penalty = penalty + loss
-            if k and dropped is not None:
-                straight = straight * ~dropped[:, None, None, None]
-            context = self.decode_grid(k, straight, context, level)
+            context = self.decode_grid(k, self._kept(k, straight, dropped), context, level)
         assert context is not None
-        return Output(context, torch.stack(bits), penalty, distance)
+        return Output(context, torch.stack(bits), penalty, distance, known)
+
+    @staticmethod
+    def _kept(k: int, codes: Tensor, dropped: Tensor | None) -> Tensor:
+        """Code vectors of grid k without those of samples whose finer grids are dropped."""
+        return codes if not k or dropped is None else codes * ~dropped[:, None, None, None]
 
     def code_lengths(self, k: int, index: Tensor, seen: Tensor, condition: Tensor | None, level: Tensor) -> Tensor:
         """Bits of grid k, (B,), differentiable in the prior's parameters; arguments as of ``bits``."""

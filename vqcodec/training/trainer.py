@@ -1,4 +1,4 @@
-"""Training: one loop for six stages, on one process or many, on CPUs or GPUs.
+"""Training: one loop for seven stages, on one process or many, on CPUs or GPUs.
 
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
@@ -8,6 +8,8 @@ joint      everything, from trained weights      1
 finish     the decoder, its code vectors and     1, less where smooth
            the priors, on what the fit makes
            of latents: the last mile
+decoder    the decoder, on indices as files      none: they stay as they are
+           have them, for both tunes in turn
 distill    the encoder's last layers for the     1, less where smooth;
            finest grid, to say at once what      for the eye by what it
            the fit makes of their latents        overlooks
@@ -20,17 +22,20 @@ visual     the gains and biases for the eye,     1; once they have been
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
-gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish`` and
-``distill``, and in ``visual`` with a bank that has been trained before, the latents are fitted as the encoder does it
-at the default effort; all else learns from its first guess. The loss of ``distill`` is the squared distance of that
-guess from what the fit makes of it, weighted as above; with a bank for the eye every second step is for the eye.
-The last part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two finest
-levels alone.
+gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish``,
+``decoder`` and ``distill``, and in ``visual`` with a bank that has been trained before, the latents are fitted as the
+encoder does it at the default effort; all else learns from its first guess. In ``decoder`` the weights that the run
+starts with fit them, once, and many steps learn from what is recorded of that: a step takes a fraction of the time, and
+nothing drifts, for the codes do not follow the decoder. The loss of ``distill`` is the squared distance of the guess
+from what the fit makes of it, weighted as above. With a bank for the eye every second batch of these two is for the
+eye. The last part of a run has larger crops, fewer in proportion; the first steps of a model from scratch see the two
+finest levels alone.
 
 A step waits for nothing that a GPU computes: what the log needs is added up there and read with each row.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -65,7 +70,7 @@ MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
 SETTLED = 0.025  # factor on it for a bank that goes on, with fitted latents
-FINISH_RATE = 0.05  # factor on both in the stage ``finish``: at more of it codes come to cost more than they bring
+FINISH_RATE = 0.05  # factor on both in ``finish``, where at more of it codes come to cost more, and in ``decoder``
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
 DISTILL_RATE = 0.3  # factor on both in the stage ``distill``
 WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
@@ -78,6 +83,8 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.6  # of the distance by SSIMULACRA 2, the rest is squared error
+REUSE = 8  # steps of the stage ``decoder`` for each new batch, until there are
+RECORDED = 2**29  # pixels of them: some 3 GB
 EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
 CHECKPOINT_SECONDS = 300
@@ -143,6 +150,8 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
         return in_banks(name) and not (settled(model) and in_encoder(name))
     if stage == "finish":
         return not in_encoder(name)
+    if stage == "decoder":
+        return name.startswith(("join.", "synthesis.", "up.", "tail.", "pixels.")) or name.endswith(".log_inverse")
     if stage == "distill":
         parts = ("merge.{}.", "coefficients.{}.", "latents.{}.project.", "latents.{}.log_gain")
         return name.startswith(tuple(part.format(len(model.codebooks) - 1) for part in parts))
@@ -178,7 +187,7 @@ def settled(model: VQVAE) -> bool:
 
 def fits(model: VQVAE, stage: Stage) -> bool:
     """Whether a run that starts with a model learns from latents that are fitted as in files."""
-    return stage in ("finish", "distill") or (stage == "visual" and settled(model))
+    return stage in ("finish", "decoder", "distill") or (stage == "visual" and settled(model))
 
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
@@ -204,7 +213,7 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         else:
             rate = BLOCK_RATE if id(p) in blocks else 1.0
             (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
-    factor = {"finish": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
+    factor = {"finish": FINISH_RATE, "decoder": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
     adam_rate = factor * ADAM_RATE
     if stage == "visual":
@@ -351,6 +360,17 @@ class State:
         return True
 
 
+class Batch(NamedTuple):
+    """Crops x (B, 3, H, W), uint8 or in 0..1, and their level (B,), all of one tune. Of recorded ones also the indices
+    of each grid as files have them, and their bits per pixel, of the first samples."""
+
+    x: Tensor
+    level: Tensor
+    visual: bool
+    indices: Sequence[Tensor] = ()
+    bpp: Tensor | None = None
+
+
 class Measured(NamedTuple):
     """A batch: loss (); level (B,), of either tune; whole (B,), 1 for samples with all grids and 0 for others; squared
     error mse (B,); bits per pixel bpp, of the first samples."""
@@ -372,25 +392,51 @@ class Objective:
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         self.scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         self.weights = sample_weights(config).to(device).repeat(config.banks)
-        self.eye = Ssimulacra2().to(device) if stage == "visual" else None
+        self.eye = Ssimulacra2().to(device) if stage in ("visual", "decoder") else None
+        self.recorder = copy.deepcopy(model).requires_grad_(False) if stage == "decoder" else None
+        self.recorded: list[Batch] = []
 
-    def __call__(self, network: Callable[..., Output], x: Tensor, step: int, progress: float) -> Measured:
-        """network: the model as it is called, see ``wrapped``; x: crops (B, 3, H, W) in 0..1."""
-        config, eye, pixels = self.config, self.eye, x[0, 0].numel()
+    def batch(self, draw: Callable[[], Tensor], step: int, progress: float) -> Batch:
+        """What a step learns from. draw: new crops (B, 3, H, W) in 0..1; not called where recorded ones serve again."""
+        if self.recorder is None:
+            return self._new(draw(), step, progress)
+        pixels = sum(batch.x[:, 0].numel() for batch in self.recorded)
+        if self.recorded and (step % REUSE or pixels >= RECORDED):
+            return random.choice(self.recorded)
+        x, level, visual, *_ = self._new(draw(), len(self.recorded), progress)
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            fit = encoder_fit(self.recorder, x, level, self.scales[level] / 3, visual)
+            out = self.recorder(x, level, rate_weight(self.stage, step, self.config), None, fit)
+        indices = [index.int() for index in out.indices]
+        bpp = out.bits.sum(0) / x[0, 0].numel()
+        self.recorded.append(Batch((x * 255).round().to(torch.uint8), level, visual, indices, bpp))
+        return self.recorded[-1]
+
+    def _new(self, x: Tensor, turn: int, progress: float) -> Batch:
+        config = self.config
         first = config.levels - 2 if self.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
-        visual = eye is not None or (self.stage == "distill" and config.banks == 2 and step % 2 == 1)
-        level = levels_for(len(x), first, config.levels, self.device) + (config.levels if visual else 0)
+        in_turn = self.stage in ("decoder", "distill") and config.banks == 2
+        visual = self.stage == "visual" or (in_turn and turn % 2 == 1)
+        return Batch(x, levels_for(len(x), first, config.levels, self.device) + config.levels * visual, visual)
+
+    def __call__(self, network: Callable[..., Output], batch: Batch, step: int) -> Measured:
+        """network: the model as it is called, see ``wrapped``."""
+        level, visual, given = batch.level, batch.visual, [index.long() for index in batch.indices]
+        x = batch.x if batch.x.is_floating_point() else batch.x.float() / 255
+        pixels = x[0, 0].numel()
         dropped = torch.rand(len(x), device=self.device) < DROPPED
         with torch.autocast(self.device.type, torch.bfloat16):
-            fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual) if self.fitted else None
-            out = network(x, level, rate_weight(self.stage, step, config), dropped, fit)
+            fit = None
+            if self.fitted and not given:
+                fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual)
+            out = network(x, level, rate_weight(self.stage, step, self.config), dropped, fit, given)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
         x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
         error = mse = (x_hat - x).pow(2).mean((1, 2, 3))
-        if eye:
-            error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * eye(x, x_hat)
+        if self.eye and visual:
+            error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * self.eye(x, x_hat)
         distortion = self.scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
-        bpp = out.bits.sum(0) / pixels
+        bpp = out.bits.sum(0) / pixels if batch.bpp is None else batch.bpp
         loss = (self.weights[level] * (distortion + out.penalty / pixels)).mean()
         loss = loss + (self.weights[level[: len(bpp)]] * bpp).mean()
         if self.stage == "distill":
@@ -461,6 +507,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         seed_everything(run.seed)
         model = prepared(run, device)
         fitted = fits(model, run.stage)  # by the start, also of a run that is resumed
+        objective = Objective(model, run.stage, fitted, device)
         state = State(run, model)
         base = [group["lr"] for optim in state.optimizers for group in optim.param_groups]
         run.output.mkdir(parents=True, exist_ok=True)
@@ -471,7 +518,7 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             report(f"resuming at step {state.step}, {state.elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * state.step + rank)  # a resumed run sees new crops, each process its own
         crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
-        network, objective = wrapped(model, size, device), Objective(model, run.stage, fitted, device)
+        network = wrapped(model, size, device)
         started = saved_at = time.monotonic()
         sums = Sums(model.config.levels, device)
         while True:
@@ -486,16 +533,17 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
             factor = learning_rate(progress, state.step, run.stage, fitted)
             for group, lr in zip((g for o in state.optimizers for g in o.param_groups), base, strict=True):
                 group["lr"] = lr * factor
-            batch = objective(network, crops.draw(*crops_at(run, progress)), state.step, progress)
+            draw = functools.partial(crops.draw, *crops_at(run, progress))
+            measured = objective(network, objective.batch(draw, state.step, progress), state.step)
             for optim in state.optimizers:
                 optim.zero_grad()
-            batch.loss.backward()
+            measured.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             for optim in state.optimizers:
                 optim.step()
             state.average.update(model, state.step)
             state.step += 1
-            sums.add(batch)
+            sums.add(measured)
             if state.step % run.log_steps == 0 or state.step == 1:
                 place = {"step": state.step, "hours": round(spent / 3600, 3)}
                 row = {**place, **sums.row(), "perplexity": perplexity(model)}
@@ -521,7 +569,7 @@ def prepared(run: Run, device: torch.device) -> VQVAE:
     model.requires_grad_(True)
     for book in model.codebooks:
         book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
-    if run.stage in ("finish", "distill", "prior"):
+    if run.stage in ("finish", "decoder", "distill", "prior"):
         model.codebooks.eval()  # they have nothing to learn from latents
     for book in model.codebooks:
         book.fixed = run.stage == "visual"
@@ -552,9 +600,9 @@ def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
     compiled = torch.compile(model)
 
-    def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor, fit: Fit | None) -> Any:
+    def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor, fit: Fit | None, given: Sequence[Tensor]) -> Any:
         # A rate that still rises would be compiled anew with every step, and a fit is another one in each.
-        return (compiled if rate in (0.0, 1.0) and fit is None else model)(x, level, rate, dropped, fit)
+        return (compiled if rate in (0.0, 1.0) and fit is None else model)(x, level, rate, dropped, fit, given)
 
     return call
 
