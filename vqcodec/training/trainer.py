@@ -14,9 +14,9 @@ distill    the encoder's last layers for the     1, less where smooth;
            finest grid, to say at once what      for the eye by what it
            the fit makes of their latents        overlooks
 prior      the priors                                1
-visual     the gains and biases for the eye,     1; once they have been
-           which no other stage touches; once    trained, by what the eye
-           trained, all but the encoder's        overlooks
+visual     the gains and biases for the eye;     1; once they have been
+           once trained, all but the             trained, by what the eye
+           encoder's                             overlooks
 =========  ====================================  =================================
 
 Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (lambda_middle / lambda_q)^0.5, which
@@ -70,7 +70,7 @@ MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
 SETTLED = 0.025  # factor on it for a bank that goes on, with fitted latents
-FINISH_RATE = 0.05  # factor on both in ``finish``, where at more of it codes come to cost more, and in ``decoder``
+FINISH_RATE = 0.05  # factor on both in ``finish`` and ``decoder``, which lose by more of it
 BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
 DISTILL_RATE = 0.3  # factor on both in the stage ``distill``
 WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
