@@ -25,7 +25,7 @@ STEM = 4  # pixels per cell of the first stage: space-to-depth, because convolut
 
 Learning = Literal["ema", "loss"]  # of the code vectors
 
-Stage = Literal["vqvae", "joint", "finish", "decoder", "distill", "prior", "visual"]  # of training
+Stage = Literal["vqvae", "joint", "finish", "recorded", "distill", "visual"]  # of training
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 

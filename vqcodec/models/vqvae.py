@@ -113,7 +113,7 @@ class Rates(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n = ceil(B / 2) samples;
+    """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n samples;
     penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the finest latents from
     what a fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
 
@@ -324,40 +324,39 @@ class VQVAE(nn.Module):
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
         the latents of the finest grid; then code vectors learn from the image, and those latents from the distance.
-        given: the indices of all grids: then the decoder alone is at work, and bits, penalty and distance are 0.
+        given: the indices of all grids: then the encoder has nothing to do, penalty and distance are 0.
 
-        The priors learn from the first half of the batch: they see thousands of cells in each sample, and their
-        backward pass is the most expensive part of a step.
+        The priors learn from the first n = ceil(B / 2) samples: they see thousands of cells in each, and their backward
+        pass is the most expensive part of a step. From indices that are given they learn from all.
         """
         context: Tensor | None = None
         seen: Tensor | None = None
-        n = (len(x) + 1) // 2
+        n = len(x) if given else (len(x) + 1) // 2
         bits, penalty, distance = [], x.new_zeros(len(x)), x.new_zeros(len(x))
         known: list[Tensor] = []
-        if given:
-            for k in range(len(given)):
-                context = self.decode_grid(k, self._kept(k, self.codes(k, given), dropped), context, level)
-            assert context is not None
-            return Output(context, x.new_zeros(len(given), n), penalty, distance, given)
-        for k, features in enumerate(self.analyse(x, level)):
-            z = self.latent(k, x, features, context, level)
+        features = [] if given else self.analyse(x, level)
+        for k in range(len(self.codebooks)):
             stack = self.priors[k].condition
             condition = None if stack is None or seen is None else stack(seen, level)
-            weight: float | Tensor = rate_weight
-            if fit and self._finest(k):
-                fitted, weight = fit(z, context, known)
-                distance = (z - fitted).pow(2).sum((1, 2, 3))
-                z = fitted
-            index, straight, loss = self.quantize(k, z, condition, level, weight)
+            if given:
+                index = given[k]
+            else:
+                z = self.latent(k, x, features[k], context, level)
+                weight: float | Tensor = rate_weight
+                if fit and self._finest(k):
+                    fitted, weight = fit(z, context, known)
+                    distance = (z - fitted).pow(2).sum((1, 2, 3))
+                    z = fitted
+                index, straight, loss = self.quantize(k, z, condition, level, weight)
+                penalty = penalty + loss
             known.append(index)
-            if fit:
+            if fit or given:
                 straight = self.codes(k, known)
             with torch.no_grad():
-                seen = self.codebooks[k].activations(self.codebooks[k].split(straight), len(x), *z.shape[2:])
+                seen = self.codebooks[k].activations(self.codebooks[k].split(straight), len(x), *straight.shape[2:])
             bits.append(
                 self.code_lengths(k, index[:n], seen[:n], None if condition is None else condition[:n], level[:n])
             )
-            penalty = penalty + loss
             context = self.decode_grid(k, self._kept(k, straight, dropped), context, level)
         assert context is not None
         return Output(context, torch.stack(bits), penalty, distance, known)

@@ -1,4 +1,4 @@
-"""Training: one loop for seven stages, on one process or many, on CPUs or GPUs.
+"""Training: one loop for six stages, on one process or many, on CPUs or GPUs.
 
 =========  ====================================  =================================
 stage      learns                                rate weight of the choice
@@ -8,12 +8,12 @@ joint      everything, from trained weights      1
 finish     the decoder, its code vectors and     1, less where smooth
            the priors, on what the fit makes
            of latents: the last mile
-decoder    the decoder, on indices as files      none: they stay as they are
-           have them, for both tunes in turn
+recorded   the decoder and the priors, on        none: they stay as they are
+           indices as files have them, for
+           both tunes in turn
 distill    the encoder's last layers for the     1, less where smooth;
            finest grid, to say at once what      for the eye by what it
            the fit makes of their latents        overlooks
-prior      the priors                                1
 visual     the gains and biases for the eye;     1; once they have been
            once trained, all but the             trained, by what the eye
            encoder's                             overlooks
@@ -23,8 +23,8 @@ Loss of a sample at level q: w_q (lambda_q 255^2 MSE + bits per pixel), w_q = (l
 gives every level a like share: the optimal loss grows about as the square root of lambda. A few samples are decoded
 from the coarsest grid alone, so that the decoder can show a preview. In the stage ``visual`` most of the squared error
 gives way to the distance by SSIMULACRA 2, in the proportion that its module explains. In the stages ``finish``,
-``decoder`` and ``distill``, and in ``visual`` with a bank that has been trained before, the latents are fitted as the
-encoder does it at the default effort; all else learns from its first guess. In ``decoder`` the weights that the run
+``recorded`` and ``distill``, and in ``visual`` with a bank that has been trained before, the latents are fitted as the
+encoder does it at the default effort; all else learns from its first guess. In ``recorded`` the weights that the run
 starts with fit them, once, and many steps learn from what is recorded of that: a step takes a fraction of the time, and
 nothing drifts, for the codes do not follow the decoder. The loss of ``distill`` is the squared distance of the guess
 from what the fit makes of it, weighted as above. With a bank for the eye every second batch of these two is for the
@@ -70,8 +70,9 @@ MUON_RATE, ADAM_RATE = 1.5e-3, 1e-3
 BLOCK_RATE = 0.2  # factor on Muon's in residual blocks: at the full rate most of their units are soon at rest for ever
 VISUAL_RATE = 4e-3  # of Adam in the stage ``visual``, for a new bank
 SETTLED = 0.025  # factor on it for a bank that goes on, with fitted latents
-FINISH_RATE = 0.05  # factor on both in ``finish`` and ``decoder``, which lose by more of it
-BOOKS_RATE = 3.0  # and another one on Adam's for code vectors there
+FINISH_RATE = 0.05  # factor on both in ``finish`` and ``recorded``, whose decoders lose by more of it
+BOOKS_RATE = 3.0  # and another one for code vectors in the former
+PRIORS_RATE = 3.0  # and for the priors in the latter
 DISTILL_RATE = 0.3  # factor on both in the stage ``distill``
 WARM_UP, SHORT_WARM_UP = 300, 50  # steps; the latter of stages that begin with weights that are nearly final
 COOLDOWN, LONG_COOLDOWN = 0.3, 0.8  # the last part of the run, in which the learning rate falls to FLOOR of its value
@@ -83,7 +84,7 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.6  # of the distance by SSIMULACRA 2, the rest is squared error
-REUSE = 8  # steps of the stage ``decoder`` for each new batch, until there are
+REUSE = 8  # steps of the stage ``recorded`` for each new batch, until there are
 RECORDED = 2**29  # pixels of them: some 3 GB
 EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
@@ -150,12 +151,11 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
         return in_banks(name) and not (settled(model) and in_encoder(name))
     if stage == "finish":
         return not in_encoder(name)
-    if stage == "decoder":
-        return name.startswith(("join.", "synthesis.", "up.", "tail.", "pixels.")) or name.endswith(".log_inverse")
-    if stage == "distill":
-        parts = ("merge.{}.", "coefficients.{}.", "latents.{}.project.", "latents.{}.log_gain")
-        return name.startswith(tuple(part.format(len(model.codebooks) - 1) for part in parts))
-    return name.startswith("priors.")
+    if stage == "recorded":
+        decoder = ("join.", "synthesis.", "up.", "tail.", "pixels.")
+        return name.startswith((*decoder, "priors.")) or name.endswith(".log_inverse")
+    parts = ("merge.{}.", "coefficients.{}.", "latents.{}.project.", "latents.{}.log_gain")
+    return name.startswith(tuple(part.format(len(model.codebooks) - 1) for part in parts))
 
 
 def in_encoder(name: str) -> bool:
@@ -187,14 +187,13 @@ def settled(model: VQVAE) -> bool:
 
 def fits(model: VQVAE, stage: Stage) -> bool:
     """Whether a run that starts with a model learns from latents that are fitted as in files."""
-    return stage in ("finish", "decoder", "distill") or (stage == "visual" and settled(model))
+    return stage in ("finish", "recorded", "distill") or (stage == "visual" and settled(model))
 
 
 def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the weights of hidden layers, Adam for biases, gains, codebooks and the first and last layers."""
     hidden: dict[tuple[int, float], list[Tensor]] = {}
-    rest: list[Tensor] = []
-    books: list[Tensor] = []
+    rest: dict[float, list[Tensor]] = {}
     edges = {id(p) for part in (model.stem, model.tail) for p in part.parameters()}
     # A prior's heads are matrices of their own, one for each group.
     parts = {
@@ -207,20 +206,23 @@ def optimizers(model: VQVAE, stage: Stage) -> list[torch.optim.Optimizer]:
         p.requires_grad_(p.requires_grad and learns(name, model, stage))
         if not p.requires_grad:
             continue
-        matrix = p.ndim >= 2 and name.endswith("weight") and id(p) not in edges
+        rate = 1.0
         if stage == "finish" and name.startswith("codebooks."):
-            books.append(p)
+            rate = BOOKS_RATE
+        elif stage == "recorded" and name.startswith("priors."):
+            rate = PRIORS_RATE
+        if p.ndim >= 2 and name.endswith("weight") and id(p) not in edges:
+            rate *= BLOCK_RATE if id(p) in blocks else 1.0
+            hidden.setdefault((parts.get(id(p), 1), rate), []).append(p)
         else:
-            rate = BLOCK_RATE if id(p) in blocks else 1.0
-            (hidden.setdefault((parts.get(id(p), 1), rate), []) if matrix else rest).append(p)
-    factor = {"finish": FINISH_RATE, "decoder": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
+            rest.setdefault(rate, []).append(p)
+    factor = {"finish": FINISH_RATE, "recorded": FINISH_RATE, "distill": DISTILL_RATE}.get(stage, 1.0)
     matrices = [{"params": ps, "parts": n, "lr": factor * rate * MUON_RATE} for (n, rate), ps in hidden.items()]
     adam_rate = factor * ADAM_RATE
     if stage == "visual":
         adam_rate = SETTLED * VISUAL_RATE if settled(model) else VISUAL_RATE
-    adam = torch.optim.Adam(rest, adam_rate, betas=(0.9, 0.99))
-    if books:
-        adam.add_param_group({"params": books, "lr": factor * BOOKS_RATE * ADAM_RATE})
+    groups = [{"params": ps, "lr": rate * adam_rate} for rate, ps in rest.items()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
     return [Muon(matrices, factor * MUON_RATE), adam] if matrices else [adam]
 
 
@@ -362,13 +364,12 @@ class State:
 
 class Batch(NamedTuple):
     """Crops x (B, 3, H, W), uint8 or in 0..1, and their level (B,), all of one tune. Of recorded ones also the indices
-    of each grid as files have them, and their bits per pixel, of the first samples."""
+    of each grid as files have them."""
 
     x: Tensor
     level: Tensor
     visual: bool
     indices: Sequence[Tensor] = ()
-    bpp: Tensor | None = None
 
 
 class Measured(NamedTuple):
@@ -392,8 +393,8 @@ class Objective:
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
         self.scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
         self.weights = sample_weights(config).to(device).repeat(config.banks)
-        self.eye = Ssimulacra2().to(device) if stage in ("visual", "decoder") else None
-        self.recorder = copy.deepcopy(model).requires_grad_(False) if stage == "decoder" else None
+        self.eye = Ssimulacra2().to(device) if stage in ("visual", "recorded") else None
+        self.recorder = copy.deepcopy(model).requires_grad_(False) if stage == "recorded" else None
         self.recorded: list[Batch] = []
 
     def batch(self, draw: Callable[[], Tensor], step: int, progress: float) -> Batch:
@@ -408,14 +409,13 @@ class Objective:
             fit = encoder_fit(self.recorder, x, level, self.scales[level] / 3, visual)
             out = self.recorder(x, level, rate_weight(self.stage, step, self.config), None, fit)
         indices = [index.int() for index in out.indices]
-        bpp = out.bits.sum(0) / x[0, 0].numel()
-        self.recorded.append(Batch((x * 255).round().to(torch.uint8), level, visual, indices, bpp))
+        self.recorded.append(Batch((x * 255).round().to(torch.uint8), level, visual, indices))
         return self.recorded[-1]
 
     def _new(self, x: Tensor, turn: int, progress: float) -> Batch:
         config = self.config
         first = config.levels - 2 if self.stage == "vqvae" and progress < FINEST and config.levels > 2 else 0
-        in_turn = self.stage in ("decoder", "distill") and config.banks == 2
+        in_turn = self.stage in ("recorded", "distill") and config.banks == 2
         visual = self.stage == "visual" or (in_turn and turn % 2 == 1)
         return Batch(x, levels_for(len(x), first, config.levels, self.device) + config.levels * visual, visual)
 
@@ -436,7 +436,7 @@ class Objective:
         if self.eye and visual:
             error = (1 - VISUAL_SHARE) * mse + VISUAL_SHARE * WORTH * self.eye(x, x_hat)
         distortion = self.scales[level] * error * torch.where(dropped, DROPPED_WEIGHT, 1.0)
-        bpp = out.bits.sum(0) / pixels if batch.bpp is None else batch.bpp
+        bpp = out.bits.sum(0) / pixels
         loss = (self.weights[level] * (distortion + out.penalty / pixels)).mean()
         loss = loss + (self.weights[level[: len(bpp)]] * bpp).mean()
         if self.stage == "distill":
@@ -569,7 +569,7 @@ def prepared(run: Run, device: torch.device) -> VQVAE:
     model.requires_grad_(True)
     for book in model.codebooks:
         book.vectors.requires_grad_(book.learning == "loss" or run.stage == "finish")
-    if run.stage in ("finish", "decoder", "distill", "prior"):
+    if run.stage in ("finish", "recorded", "distill"):
         model.codebooks.eval()  # they have nothing to learn from latents
     for book in model.codebooks:
         book.fixed = run.stage == "visual"
