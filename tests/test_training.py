@@ -24,6 +24,9 @@ from vqcodec.training.data import Cache, Crops
 from vqcodec.training.muon import Muon, orthogonalise
 from vqcodec.training.trainer import (
     BLOCK_RATE,
+    FINISH_RATE,
+    MUON_RATE,
+    PRIORS_RATE,
     REUSE,
     SETTLED,
     VISUAL_RATE,
@@ -408,14 +411,26 @@ def test_a_crop_of_half_cells_is_refused(images: Path, tmp_path: Path) -> None:
         train(run(images, tmp_path / "r", crop=40), quiet)
 
 
+def rates(model: VQVAE, stage: Stage) -> dict[int, float]:
+    """Learning rates of the parameters that learn, by their id."""
+    return {id(p): group["lr"] for o in optimizers(model, stage) for group in o.param_groups for p in group["params"]}
+
+
 def test_residual_blocks_learn_more_slowly() -> None:
     """At the full rate most of their units come to rest, and then get no gradients any more."""
     model = VQVAE(TINY)
-    rates = {
-        id(p): group["lr"] for o in optimizers(model, "joint") for group in o.param_groups for p in group["params"]
-    }
+    rate = rates(model, "joint")
     block, down = model.analysis[0].blocks[0], model.down[0]
-    assert rates[id(block.a.weight)] == rates[id(block.b.weight)] == BLOCK_RATE * rates[id(down.weight)]
+    assert rate[id(block.a.weight)] == rate[id(block.b.weight)] == BLOCK_RATE * rate[id(down.weight)]
+
+
+def test_priors_learn_faster_from_recorded_codes_than_the_decoder() -> None:
+    model = VQVAE(TINY)
+    rate, prior = rates(model, "recorded"), model.priors[0]
+    up, tail = model.up[0][0], model.tail[0]
+    assert rate[id(up.weight)] == pytest.approx(FINISH_RATE * MUON_RATE)
+    assert rate[id(prior.hidden.weight)] == pytest.approx(PRIORS_RATE * rate[id(up.weight)])
+    assert rate[id(prior.hidden.bias)] == pytest.approx(PRIORS_RATE * rate[id(tail.weight)])
 
 
 def test_a_bank_that_goes_on_learns_more_slowly_from_fitted_latents_and_leaves_the_encoder() -> None:
