@@ -1090,8 +1090,8 @@ _path = click.Path(path_type=Path)
     "--stage",
     type=click.Choice(STAGES),
     default="vqvae",
-    help="Everything from scratch, everything from trained weights, all that reads codes, the decoder alone, the "
-    "encoder's last layers, only the priors, or the gains and biases of --tune visual.",
+    help="Everything from scratch, everything from trained weights, all that reads codes, decoder and "
+    "priors on recorded codes, the encoder's last layers, or the gains and biases of --tune visual.",
 )
 @click.option(
     "--config",
