@@ -101,8 +101,19 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _occupy_closed_streams() -> None:
+    """Standard streams may be closed, in daemons for example; a file opened next would take the number of one, and get
+    what libraries write to it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
+        _occupy_closed_streams()
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # names of files may have what its encoding has not
         # Before torch is loaded: threads that spin while they wait take the processor from those that they wait for,
@@ -186,10 +197,14 @@ def _progress(*columns: Any) -> "Progress":
 Watch = Callable[[str], contextlib.AbstractContextManager[Callable[[float], None] | None]]
 
 
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # it is None if it is closed
+
+
 @contextlib.contextmanager
 def _bar(name: str) -> Iterator[Callable[[float], None] | None]:
     """A progress function that moves a bar, on a terminal."""
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         yield None
         return
     from rich.progress import TextColumn
@@ -209,7 +224,7 @@ def _no_bar(_: str) -> Iterator[None]:
 def _whole_bar(jobs: Sequence[Job]) -> Iterator[tuple[Watch, Callable[[Job, "Tally"], None]]]:
     """A bar over all files, by the bytes of each, on a terminal: what watches the work on one of them, and a function
     that tells that one is over."""
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         yield _no_bar, lambda *_: None
         return
     from rich.progress import TextColumn
@@ -851,6 +866,8 @@ def info(
     if grids is not None:
         if len(files) > 1:
             raise click.UsageError("--grids draws one file: give it one")
+        if grids in ("-", "/dev/stdout"):
+            raise click.UsageError("--grids and the facts cannot both go to standard output: name a file")
         refuse_clashes([Job(files[0], grids)], force)
     failed = False
     for source in files:
@@ -887,7 +904,7 @@ def _draw_grids(source: str, data: bytes, target: str, force: bool, weights: str
 def _facts(data: bytes) -> dict[str, Any]:
     from bitstream import container
 
-    parts = container.unpack(data, max_pixels=container.MAX_SIDE**2)
+    parts = container.unpack(data, max_pixels=container.NO_LIMIT)
     header = parts.header
     contents = {f"grid{k}": grid for k, grid in enumerate(parts.grids, start=1)}
     contents |= {name: getattr(parts, name) for name in container.OPTIONAL_CHUNKS}

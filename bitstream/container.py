@@ -199,6 +199,7 @@ FINGERPRINT_BYTES = 8
 MAX_LEVEL = 127
 VISUAL = 128  # in the byte of the level
 MAX_SIDE = 2**24
+NO_LIMIT = MAX_SIDE**2  # of pixels, for those who have checked them
 MAX_VARINT_BYTES = 5
 MAX_GRIDS = 8
 OPTIONAL_CHUNKS = {"offset": 0x3F, "flat": 0x40, "alpha": 0x41, "icc": 0x42, "exif": 0x43, "xmp": 0x44}  # in file order

@@ -253,7 +253,14 @@ def test_an_output_that_is_an_input_is_refused_under_any_name(
     os.link("file.vq2", "again")
     for name in ("file.vq2", "./file.vq2", here / "file.vq2", "link", "again"):
         refused(decode("-f", "file.vq2", "-o", name), "is an input: choose another name")
-    refused(encode("-f", "file.vq2"), "file.vq2: is an input")
+
+
+def test_the_wrong_command_is_told_the_right_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, encode: Command, decode: Command
+) -> None:
+    no_work(monkeypatch)
+    refused(encode("-f", "file.vq2"), "file.vq2: ends in .vq2 already", "did you mean decode?")
+    refused(decode("photo.png"), "photo.png: ends in .png already", "did you mean encode?")
 
 
 @pytest.mark.parametrize("out", ["missing/out.vq2", "missing/folder/", "photo.png/out.vq2"])
@@ -490,6 +497,29 @@ def test_workers_end_with_their_parent(here: Path, tiny_weights: Path, number: s
         return
     assert process.returncode == 128 + number
     assert err == b"vqcodec: terminated after 0 of 2 files: give the same command with --resume to go on\n"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("closed", "args", "words"),
+    [
+        ("2", ["photo.png"], ""),
+        ("0 1 2", ["photo.png"], ""),
+        ("0", ["photo.png", "--quiet", "-o", "-"], ""),
+        ("1", ["photo.png", "-o", "-"], "vqcodec: standard output: is closed: redirect it, or name a file with -o\n"),
+        ("0", ["-", "-o", "photo.vq2"], "vqcodec: standard input: is closed: redirect it, or name a file\n"),
+    ],
+)
+def test_closed_streams_are_missed_only_where_they_are_needed(
+    here: Path, tiny_weights: Path, vq2: bytes, closed: str, args: list[str], words: str
+) -> None:
+    """As daemons start programs."""
+    redirections = "".join(f" {number}>&-" for number in closed.split())
+    command = [sys.executable, ROOT / "cli.py", "encode", "-q", "2", "--weights", tiny_weights, *args]
+    done = subprocess.run(["sh", "-c", f'exec "$@"{redirections}', "sh", *command], capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr.decode()) == (1 if words else 0, words)
+    if not words:
+        assert (done.stdout if "-" in args else (here / "photo.vq2").read_bytes()) == vq2
 
 
 FORKING = """

@@ -106,6 +106,8 @@ def test_resume_does_what_is_left(here: Path, photos: Path) -> None:
     assert "0 done, 4 skipped, 0 failed" in succeeded(encode("photos", "-o", "out", "-q", 2, "--resume")).stdout
     assert "0 done, 1 skipped" in succeeded(run("decode", "out/a.jpg.vq2", "-o", "photos/a.jpg", "--resume")).stdout
     assert encode("photos", "-o", "out", "--resume", "-f").exit_code == 2
+    unnamed = encode("-", "-o", "out/a.png.vq2", "--resume")
+    assert unnamed.exit_code == 2 and "standard input" in unnamed.stderr
 
 
 def test_standard_output_holds_one_file(here: Path, photos: Path) -> None:
@@ -606,7 +608,15 @@ def test_compare_writes_one_page_with_everything_in_it(photo: Path) -> None:
     assert len(sizes) == len(titles) - 1
     refused(run("compare", "photo.png", "-q", 1), "photo.html: exists already")
     refused(run("compare", "none.png"), "none.png: no such file")
+    refused(run("compare", "."), ".: is a folder: name a file")
     assert run("compare", "photo.png", "-q", 4, "-o", "x.html").exit_code == 2
+
+
+@posix
+def test_compare_shows_a_file_whose_name_is_no_text(photo: Path) -> None:
+    photo.rename("caf\udce9.png")
+    succeeded(run("compare", "caf\udce9.png", "-q", 1))
+    assert "<h1>caf?.png</h1>" in Path("caf\udce9.html").read_text("utf-8")
 
 
 @posix
@@ -647,6 +657,8 @@ def test_info_draws_the_grids_and_their_bits(photo: Path, codec: Codec) -> None:
         assert bits.sum() / 8 <= size + 1 <= bits.sum() / 8 + 10  # what the coder adds
     refused(run("info", "--grids", "grids.png", "photo.vq2", "--weights", WEIGHTS), "grids.png: exists already")
     assert run("info", "--grids", "g.png", "photo.vq2", "photo.vq2").exit_code == 2
+    mixed = run("info", "--grids", "-", "photo.vq2", "--weights", WEIGHTS)
+    assert mixed.exit_code == 2 and mixed.stdout == ""
     Path("bad.vq2").write_bytes(data[:21] + bytes(4) + data[25:])
     bad = run("info", "--grids", "g.png", "bad.vq2", "--weights", WEIGHTS)
     assert bad.exit_code == 1 and "do not match the file's checksum" in bad.stderr and not Path("g.png").exists()

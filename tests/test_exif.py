@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import struct
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from vqcodec import exif
 from vqcodec.image import from_array, from_pil, read, stripped
 from vqcodec.output import save
+from vqcodec.xmp import without_gps
 
 MAKER_NOTE = b"MN\0" + bytes(range(200))
 LATITUDE = (5, [52, 1, 31, 1, 123, 10])
@@ -223,6 +225,22 @@ def test_the_location_alone_is_stripped_from_exif_and_xmp() -> None:
         assert gone not in bare.xmp
     assert b'xmp:Rating="5"' in bare.xmp and b"<xmp:Label>red</xmp:Label>" in bare.xmp
     assert picture.xmp == XMP
+
+
+# Quadratic time for a search that backtracks, or that looks for the end of each of them.
+@pytest.mark.parametrize("part", [b" x:GPS", b"<a:GPS>", b"<a:GPS", b" x:GPS=", b"GPS", b":GPS"])
+def test_what_is_no_property_stays_and_takes_no_time(part: bytes) -> None:
+    xmp = part * 100_000
+    assert without_gps(xmp) == xmp
+
+
+@given(
+    st.lists(st.sampled_from([b"<a:GPS>", b"</a:GPS>", b"<b:GPS/>", b"<b:Label>", b"</b:Label>", b" c:GPS='1'", b" x"]))
+)
+def test_properties_that_say_where_are_gone_with_what_is_in_them(parts: list[bytes]) -> None:
+    xmp = b"".join(parts)
+    simple = re.compile(rb"<b:GPS/>|<a:GPS>.*?</a:GPS>| c:GPS='1'")
+    assert without_gps(xmp) == simple.sub(b"", xmp)
 
 
 def test_the_location_of_broken_exif_does_not_stay() -> None:

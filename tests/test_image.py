@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from make_golden import png_chunk, png_header, wrong_alphas
 from PIL import Image, ImageCms, ImageOps
 
-from bitstream.container import ColourMode
+from bitstream.container import NO_LIMIT, ColourMode
 from bitstream.errors import DamagedError, ImageError
 from vqcodec import image
 from vqcodec.image import (
@@ -202,7 +202,7 @@ def test_the_depth_that_a_header_declares_is_noted_where_pillow_hides_it(format:
     opened = Image.open(io.BytesIO(data))
     at = data.index(field) + (len(field) if format == "AVIF" else 42)
     depth = bits if format == "AVIF" else bits - 1
-    picture = image._from_file(opened, data[:at] + bytes([depth]) + data[at + 1 :])
+    picture = image._from_file(opened, data[:at] + bytes([depth]) + data[at + 1 :], NO_LIMIT)
     assert picture.notes == [f"{bits}-bit samples were reduced to 8 bits"]
 
 
@@ -365,6 +365,16 @@ def test_the_limit_is_the_callers_and_pillows_own_is_left_as_it_was(monkeypatch:
     with pytest.raises(ImageError, match="10 x 10 pixels, the limit is 99"):
         read(data, max_pixels=99)
     assert Image.MAX_IMAGE_PIXELS == 7
+
+
+@pytest.mark.parametrize("format", ["TIFF", "WEBP"])
+def test_where_pillow_keeps_its_own_limit_the_message_names_it(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file_of(Image.new("L", (10, 10)), format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(
+        ImageError, match="too large for Pillow in this format, save it as PNG .*100 pixels.* 14 pixels"
+    ):
+        read(data)
 
 
 def test_what_is_too_long_to_be_decoded_again_is_not_read() -> None:

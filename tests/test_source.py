@@ -71,6 +71,8 @@ def test_a_thumbnail_before_the_picture_is_passed_over() -> None:
     picture = read(tiff(thumbnail, pixels, children=[(full, bytes([200]) * (64 * 48))], chain=True))
     assert picture.pixels.shape == (48, 64, 3) and np.all(picture.pixels == 200)
     assert picture.notes == []
+    with pytest.raises(ImageError, match="64 x 48 pixels, the limit is 3071"):
+        read(tiff(thumbnail, pixels, children=[(full, bytes(64 * 48))], chain=True), max_pixels=64 * 48 - 1)
 
 
 def test_reduced_copies_behind_the_picture_are_no_lost_frames() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
-from bitstream.container import MAX_SIDE, unpack
+from bitstream.container import NO_LIMIT, unpack
 from bitstream.errors import WorkerError
 from vqcodec.codec import Codec
 from vqcodec.config import DEFAULT_TUNE, Tune
@@ -95,7 +95,7 @@ def _smaller_lossless(picture: Picture, encoded: bytes) -> int | None:
 
     It is tried where the .vq2 file has flat blocks, as of pages, screens and drawings: of a photograph it never is.
     """
-    if unpack(encoded, max_pixels=MAX_SIDE**2).flat is None or max(picture.pixels.shape) > MOST_WEBP:
+    if unpack(encoded, max_pixels=NO_LIMIT).flat is None or max(picture.pixels.shape) > MOST_WEBP:
         return None
     lossless = BytesIO()
     to_pil(picture).save(lossless, "WEBP", lossless=True, method=0, **info_of(picture))

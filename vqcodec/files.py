@@ -22,8 +22,9 @@ def write_atomically(
 
     The bytes go to a hidden temporary file in the same folder, are synced to the disk, and get their name in
     one step. After an exception of any kind, KeyboardInterrupt and a full disk included, the temporary file
-    is gone and `path` is as it was; on Linux, whose file systems have files without a name, even after the
-    process was killed. A symbolic link is followed: the file it points to is written; a link to nothing is
+    is gone and `path` is as it was. If the process is killed, it may stay: on Linux, whose file systems have files
+    without a name, only in the instant between its two names. Where there are no hard links (FAT), a new `path` is
+    empty for such an instant. A symbolic link is followed: the file it points to is written; a link to nothing is
     itself what exists, and what is replaced. A new file gets the permissions of any new file (umask), a replaced
     one keeps its own. What is not a regular file (a pipe, /dev/stdout, /dev/null) is written directly.
 

@@ -9,7 +9,6 @@ metadata, such as comments, text chunks, IPTC and what follows the picture in it
 import contextlib
 import errno
 import os
-import re
 import struct
 import warnings
 import zlib
@@ -23,11 +22,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from bitstream.container import DEFAULT_MAX_PIXELS, ColourMode, over_limit
+from bitstream.container import DEFAULT_MAX_PIXELS, NO_LIMIT, ColourMode, over_limit
 from bitstream.errors import DamagedError, ImageError, TruncatedError
 from vqcodec import colour as colours
 from vqcodec import exif as exif_block
 from vqcodec import source
+from vqcodec import xmp as xmp_packet
 from vqcodec.formats import PLUGINS, plugged
 
 Bytes = NDArray[np.uint8]
@@ -63,7 +63,8 @@ def read(file: Source, max_pixels: int = DEFAULT_MAX_PIXELS, *, lenient: bool = 
 
     lenient: read what is there of a truncated JPEG or PNG file, with a note.
     Errors: ImageError if it is not an image, empty, truncated, damaged, a raw photograph, or larger than `max_pixels`
-    allow, for a .vq2 file and for this (bitstream/container.py, section 1; checked before anything is decoded).
+    allow, for a .vq2 file and for this (bitstream/container.py, section 1; checked before anything is decoded, except
+    in icons: Pillow decodes them on opening, within a limit of its own).
     OSError, as it comes, if the file cannot be read.
     """
     data = contents(file)
@@ -104,12 +105,16 @@ def _read(data: bytes, max_pixels: int) -> Picture:
     with _decoding():
         image = open_image(BytesIO(light))
         image.info.update(info)
+    _check_size(image, max_pixels)
+    picture = _from_file(image, data, max_pixels)
+    picture.notes[:0] = notes
+    return picture
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     excess = over_limit(*image.size, max_pixels)
     if excess:
         raise ImageError(f"{excess}: raise it (--max-pixels, or max_pixels of vqcodec.image.read)")
-    picture = _from_file(image, data)
-    picture.notes[:0] = notes
-    return picture
 
 
 # Pillow says what these are, and has no decoder for them.
@@ -144,10 +149,10 @@ def from_pil(image: Image.Image) -> Picture:
     """
     if 0 in image.size:
         raise ImageError(f"the image has {image.width} x {image.height} pixels: there is nothing to encode")
-    return _from_file(image, _file_of(image))
+    return _from_file(image, _file_of(image), NO_LIMIT)
 
 
-def _from_file(image: Image.Image, data: bytes) -> Picture:
+def _from_file(image: Image.Image, data: bytes, max_pixels: int) -> Picture:
     """`from_pil` of an image from a file of which these are the bytes, or nothing if there is none."""
     notes: list[str] = []
     with _decoding(TruncatedError):
@@ -158,6 +163,7 @@ def _from_file(image: Image.Image, data: bytes) -> Picture:
             frames = chained or frames
             if image.tell() == 0 and page:
                 image.seek(page)
+                _check_size(image, max_pixels)
         depth, key = source.depth(image, data), source.transparent_grey(image)  # loading hides them
         image.load()
         if frames > 1:
@@ -237,7 +243,7 @@ def _from_bands(bands: Bytes) -> Picture:
 
 def open_image(file: BinaryIO, formats: Collection[str] | None = None) -> Image.Image:
     """`Image.open` without its limit of pixels, which is lower than ours and a global, other threads' as well: check
-    the size next.
+    the size next. Some formats keep it: TIFF on loading, WebP and icons on opening.
 
     formats: names of those that it may have; by default all.
     """
@@ -271,6 +277,8 @@ def _decoding(kind: type[ImageError] = ImageError) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too large for Pillow in this format, save it as PNG ({error})") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a bad seek
             raise
@@ -384,13 +392,6 @@ def stripped(picture: Picture, what: Strip = True) -> Picture:
     return Picture(upright(picture.pixels), picture.colour, alpha, picture.icc, notes=list(picture.notes))
 
 
-# Properties of XMP that say where, such as exif:GPSLatitude and drone-dji:GpsLongitude, as attributes and elements.
-_PLACE = rb"[\w.-]+:[\w.-]*(?:GPS|Gps|Latitude|Longitude)[\w.-]*"
-_PLACES = re.compile(
-    rb"""\s%b\s*=\s*(?:"[^"]*"|'[^']*')|<(%b)(?:\s[^>]*)?(?:/>|>.*?</\1>)""" % (_PLACE, _PLACE), re.DOTALL
-)
-
-
 def _without_location(picture: Picture) -> Picture:
     exif, notes = picture.exif, list(picture.notes)
     try:
@@ -398,7 +399,7 @@ def _without_location(picture: Picture) -> Picture:
     except ValueError:
         picture = stripped(picture, "keep-icc")
         return replace(picture, notes=[*notes, "the EXIF data is damaged: nothing but the ICC profile was kept"])
-    return replace(picture, exif=exif, xmp=picture.xmp and _PLACES.sub(b"", picture.xmp), notes=notes)
+    return replace(picture, exif=exif, xmp=picture.xmp and xmp_packet.without_gps(picture.xmp), notes=notes)
 
 
 def orientation(picture: Picture) -> int:

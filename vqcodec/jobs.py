@@ -80,12 +80,13 @@ def plan_jobs(
     suffix: str,
     force: bool,
     resume: bool = False,
-    endings: Callable[[], Collection[str]] = frozenset,
+    endings: Callable[[], Collection[str]] | None = None,
     pictures: bool = False,
 ) -> Plan:
-    """The jobs, if nothing speaks against any. Makes the folder `out` if it has to.
+    """The jobs, if nothing speaks against any.
 
-    endings: gives those of the files to be found in folders, because it is slow to know them. pictures: these are
+    endings: gives those of the files to be found in folders, because it is slow to know them; None if inputs are files
+    alone. pictures: these are
     pictures, and so may be files without an ending.
     """
     inside = {source for source in sources if _is_folder(source)}
@@ -96,14 +97,22 @@ def plan_jobs(
         raise UsageError("- (standard output) holds one file: name a folder with -o")
     if out is not None and not to_folder and len(sources) > 1:
         raise UsageError(f"several inputs need a folder: end OUT in a slash to have it made ({out}/)")
+    if resume and "-" in sources:
+        raise UsageError("--resume goes by the times of files, and - (standard input) has none: leave it out")
     if "-" in sources and (to_folder or len(sources) > 1):
         raise UsageError("- (standard input) has no name: give it alone, with -o FILE or -o -")
     plan = Plan([], bool(inside), [], [], [])
     for source in sources:
         if source in inside:
+            if endings is None:
+                raise FileError(f"{source}: {_REASONS[errno.EISDIR]}")
             _add_folder(plan, source, out or source, suffix, endings(), pictures)
         elif out is None:
-            plan.jobs.append(Job(source, source if source == "-" else _renamed(source, suffix)))
+            target = source if source == "-" else _renamed(source, suffix)
+            if target == source != "-":
+                other = "decode" if suffix == ".vq2" else "encode"
+                raise FileError(f"{source}: ends in {suffix} already: name an output with -o, or did you mean {other}?")
+            plan.jobs.append(Job(source, target))
         elif to_folder:
             plan.jobs.append(Job(source, storage.join(out, _renamed(storage.split(source)[1], suffix))))
         else:
@@ -116,11 +125,8 @@ def plan_jobs(
         parent = os.path.dirname(os.path.abspath(path))
         if not os.path.isdir(parent):
             raise FileError(f"{out}: there is no folder {parent}: create it first")
-        if to_folder and not os.path.isdir(path):
-            if os.path.isfile(os.path.abspath(path)):
-                raise FileError(f"{out}: is a file, not a folder: choose another name")
-            with blame(path):
-                os.mkdir(path)
+        if to_folder and os.path.isfile(os.path.abspath(path)):
+            raise FileError(f"{out}: is a file, not a folder: choose another name")
     _refuse_places(plan.jobs)
     return plan
 
@@ -228,6 +234,8 @@ def refuse_clashes(jobs: Sequence[Job], force: bool) -> None:
     there = _existing([job.target for job in jobs])
     for source, target, _, replace in jobs:
         if target == "-":
+            if sys.stdout is None:
+                raise FileError("standard output: is closed: redirect it, or name a file with -o")
             if sys.stdout.isatty():
                 raise FileError("standard output: is a terminal: redirect it, or name a file with -o")
             continue
@@ -272,6 +280,8 @@ def title(source: str) -> str:
 
 
 def read_file(source: str) -> bytes:
+    if source == "-" and sys.stdin is None:
+        raise FileError(f"{title(source)}: is closed: redirect it, or name a file")
     with blame(title(source)):
         return sys.stdin.buffer.read() if source == "-" else storage.read(source)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, features
 
-from bitstream.container import MAX_SIDE
+from bitstream.container import NO_LIMIT
 from vqcodec.codec import Codec
 from vqcodec.config import Tune
 from vqcodec.image import MOST_WEBP, Bytes, Picture, stripped
@@ -59,7 +59,7 @@ def compare(codec: Codec, picture: Picture, qualities: Sequence[float], tune: Tu
     plain = Picture(pixels, picture.colour.opaque)
     for quality in qualities:
         data = codec.encode(plain, quality, tune=tune)
-        decoded = codec.decode_picture(data, max_pixels=MAX_SIDE**2).pixels
+        decoded = codec.decode_picture(data, max_pixels=NO_LIMIT).pixels
         row = [_shown(f"vq2, quality {quality:g}, tune {tune}", pixels, _file(decoded, "PNG"), "png", len(data))]
         for name, (feature, most, options) in RIVALS.items():
             if features.check(feature) and max(pixels.shape) <= most:
@@ -166,7 +166,7 @@ def page(name: str, picture: Picture, rows: Sequence[Sequence[Panel]], original:
     body.append(f"<script>{_SCRIPT}</script>")
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8">{_VIEWPORT}'
     head += f"<title>{html.escape(name)}</title><style>{_STYLE}</style>"
-    return "\n".join([head, *body, ""]).encode()
+    return "\n".join([head, *body, ""]).encode(errors="replace")  # a file name may be no text
 
 
 def _figure(title: str, file: bytes, kind: str, facts: str, quality: str = "") -> str:

@@ -30,7 +30,6 @@ from vqcodec.image import EXIF_PREFIX, bounded_icc, checked_exif, from_pil, to_p
 
 MODES = {ColourMode.GREY: "L", ColourMode.RGB: "RGB", ColourMode.GREY_ALPHA: "LA", ColourMode.RGBA: "RGBA"}
 DRAFT = 4  # a preview holds about this fraction of the detail
-NO_LIMIT = container.MAX_SIDE**2  # Pillow has a limit of its own, which it checks after opening
 
 
 class Vq2ImageFile(ImageFile.ImageFile):
@@ -43,12 +42,12 @@ class Vq2ImageFile(ImageFile.ImageFile):
         notes: list[str] = []
         try:
             try:
-                parts = container.unpack(data, max_pixels=NO_LIMIT)
+                parts = container.unpack(data, max_pixels=container.NO_LIMIT)
                 header = parts.header
             except DamagedError:
                 if not ImageFile.LOAD_TRUNCATED_IMAGES:
                     raise
-                header, _ = container.unpack_coarsest(data, max_pixels=NO_LIMIT)
+                header, _ = container.unpack_coarsest(data, max_pixels=container.NO_LIMIT)
                 preview = True
         except BitstreamError as error:
             raise OSError(str(error)) from error
@@ -86,7 +85,7 @@ class _Decoder(ImageFile.PyDecoder):
         assert self.fd is not None
         preview, scale, told = self.args
         try:
-            picture = vqcodec._codec("auto").decode_picture(self.fd.read(), NO_LIMIT, preview=preview)
+            picture = vqcodec._codec("auto").decode_picture(self.fd.read(), container.NO_LIMIT, preview=preview)
         except BitstreamError as error:
             raise OSError(str(error)) from error
         for note in picture.notes:
