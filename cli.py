@@ -1097,12 +1097,12 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, "vqcodec", "_VQCODEC_COMPLETE").source())
 
 
-_path = click.Path(path_type=Path)
+_path, _folder = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
 
 
 @main.command(epilog=_EXIT_CODES)
 @click.argument("images", metavar="IMAGES", type=_path)
-@click.option("-o", "--output", metavar="RUN", type=_path, required=True, help="Folder to write.")
+@click.option("-o", "--output", metavar="RUN", type=_folder, required=True, help="Folder to write.")
 @click.option(
     "--stage",
     type=click.Choice(STAGES),
@@ -1173,7 +1173,7 @@ def train(
             find_images(folder)  # before RUN is made
     with blame():
         layout = load_weights(start).config if start else CONFIGS[config or PRODUCT.name]
-    with blame(str(output)):
+    with blame():
         run = trainer.Run(layout, images, output, stage, steps, hours, batch, crop, seed, start, mix)
         trainer.train(run, click.echo if first else lambda _: None)
     if first:

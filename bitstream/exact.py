@@ -13,6 +13,8 @@ STREAM_BITS, STREAM_MAX = 9, 2047
 LOGIT_BITS, LOGIT_MAX = 5, 2047
 GATE_BITS, GATE_MAX = 4, 64
 WEIGHT_MAX = 127
+# A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
+# from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.
 EXPONENT_MIN, EXPONENT_MAX = -14, -5
 BIAS_MAX = 2**19
 MAX_FAN_IN = 940  # 940 * 127^2 + 2^19 + 1,064,960 < 2^24: float32 holds every sum exactly, as training must

@@ -836,8 +836,10 @@ def test_options_of_train_reach_the_run(monkeypatch: pytest.MonkeyPatch, picture
 
     monkeypatch.setattr("vqcodec.training.trainer.train", train)
     args = ["--config", "vqvae2-paper", "--hours", "0.5", "--batch", "3", "--crop", "32", "--seed", "4"]
+    args += ["--mix", str(pictures), "0.25"]
     assert succeeded(run("train", pictures, "-o", "out", *args)).stdout.startswith("a line\n")
-    assert runs == [Run(CONFIGS["vqvae2-paper"], pictures, Path("out"), hours=0.5, batch=3, crop=32, seed=4)]
+    paper, mix = CONFIGS["vqvae2-paper"], ((pictures, 0.25),)
+    assert runs == [Run(paper, pictures, Path("out"), hours=0.5, batch=3, crop=32, seed=4, mix=mix)]
     monkeypatch.setenv("RANK", "1")
     assert succeeded(run("train", pictures, "-o", "out", *args)).stdout == ""
 
@@ -847,6 +849,8 @@ BAD_TRAINING = {
     "two lengths": ["--steps", "1", "--hours", "1"],
     "two layouts": ["--steps", "1", "--start", "w", "--config", "vqcodec"],
     "no start": ["--steps", "1", "--stage", "joint"],
+    "nothing left": ["--steps", "1", "--mix", "a", "0.5", "--mix", "b", "0.5"],
+    "a file for a folder": ["--steps", "1", "-o", "photo.png"],
 }
 
 
@@ -869,7 +873,7 @@ def test_a_run_that_diverges_is_one_line(monkeypatch: pytest.MonkeyPatch, pictur
         raise FloatingPointError("the loss is nan at step 7: lower the learning rate")
 
     monkeypatch.setattr("vqcodec.training.trainer.train", diverge)
-    refused(run("train", pictures, "-o", "out", "--steps", 9), "vqcodec: out: the loss is nan at step 7")
+    refused(run("train", pictures, "-o", "out", "--steps", 9), "vqcodec: the loss is nan at step 7")
 
 
 # --- processes ---

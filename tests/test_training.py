@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from make_golden import IMAGES
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_model import TINY, WEIGHTS
 
 from bitstream.errors import UsageError, WeightsError
+from vqcodec.codec import Codec
 from vqcodec.config import CONFIGS, PRODUCT, Stage
 from vqcodec.models import vqvae
 from vqcodec.models.pixelsnail import rows_of
@@ -36,6 +38,7 @@ from vqcodec.training.trainer import (
     Run,
     Sums,
     crops_at,
+    encoder_fit,
     fits,
     in_banks,
     in_encoder,
@@ -105,6 +108,13 @@ def test_a_resumed_run_goes_on_where_it_stopped(images: Path, tmp_path: Path) ->
     assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 4, 6, 8]
 
 
+def test_a_run_that_starts_anew_forgets_its_log(images: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(run(images, tmp_path / "r", steps=4), quiet)
+        assert [row["step"] for row in rows(tmp_path / "r")] == [1, 2, 4]
+        (tmp_path / "r" / "checkpoint.pt").unlink()
+
+
 def test_a_log_whose_last_row_was_cut_off_does_not_stop_a_run(images: Path, tmp_path: Path) -> None:
     train(run(images, tmp_path / "r", steps=4), quiet)
     log = tmp_path / "r" / "log.jsonl"
@@ -120,7 +130,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(
     files = {path: path.read_bytes() for path in (tmp_path / "r").iterdir()}
     monkeypatch.setattr(trainer, "DROPPED_WEIGHT", float("nan"))
     monkeypatch.setattr(trainer, "DROPPED", 1.0)
-    with pytest.raises(FloatingPointError, match="no longer finite: give the same command again"):
+    with pytest.raises(FloatingPointError, match="no longer finite: .* give the same command with another --seed"):
         train(run(images, tmp_path / "r", steps=6, log_steps=100), quiet)
     assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir()} == files
 
@@ -146,8 +156,15 @@ def test_the_visual_stage_changes_nothing_but_the_rows_of_its_bank(images: Path,
         assert grown == (in_banks(name) or name.endswith(".usage"))
         assert grown >= learned
         assert learned or not name.endswith(("log_gain", "log_inverse", ".usage"))
-    again = train(run(images, tmp_path / "s", stage="visual", start=tmp_path / "r" / "model.safetensors"), quiet)
-    assert again.config == after.config
+    with torch.no_grad():
+        after.latents[-1].log_inverse[-1] += 0.1
+    save_weights(after, tmp_path / "trained.safetensors")
+    before = load_weights(tmp_path / "trained.safetensors").state_dict()
+    again = train(run(images, tmp_path / "s", stage="visual", start=tmp_path / "trained.safetensors", steps=60), quiet)
+    changed = {name for name, value in again.state_dict().items() if not torch.equal(before[name], value)}
+    assert {"latents.0.log_inverse", "latents.1.log_inverse"} <= changed
+    strangers = {name for name in changed if not in_banks(name) or in_encoder(name)}
+    assert strangers == {"codebooks.0.usage", "codebooks.1.usage"}  # which have a row for each level as well
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "recorded", "joint", "visual"])
@@ -238,6 +255,39 @@ def test_recorded_batches_are_what_the_whole_journey_gives_and_are_used_again(im
     assert objective.batch(draw, 2 * REUSE, 0.5).indices[1].any()
 
 
+def test_a_resumed_run_records_what_was_lost_before_it_uses_anything_again() -> None:
+    drawn: list[int] = []
+
+    def draw() -> torch.Tensor:
+        drawn.append(1)
+        return torch.rand(1, 3, 32, 32)
+
+    objective = Objective(load_weights(WEIGHTS), "recorded", True, torch.device("cpu"))
+    batches = {id(objective.batch(draw, 2 * REUSE, 0.5)) for _ in range(3)}
+    assert len(batches) == len(drawn) == 3
+    assert id(objective.batch(draw, 2 * REUSE, 0.5)) in batches and len(drawn) == 3
+
+
+def test_the_rates_of_all_grids_count_for_as_much_as_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(with_two_banks(load_weights(WEIGHTS)), "cpu")
+    model, found = codec.model, []
+    photo = Image.open(IMAGES / "otters.png").convert("RGB").crop((200, 100, 264, 164))
+    encode = codec.indices.encode
+    monkeypatch.setattr(codec.indices, "encode", lambda *args: found.append(args[4]) or encode(*args))
+    for visual in (False, True):
+        found.clear()
+        codec.encode(photo, 2, tune="visual" if visual else "psnr")
+        x, level = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255, torch.tensor([1])
+        level = level + TINY.levels * visual
+        fit = encoder_fit(model, x, level, torch.tensor([model.config.lambda_at(1)]), visual)
+        with torch.no_grad():
+            z = model.latent(0, x, model.analyse(x, level)[0], None, level)
+            same, weights = fit(z, None, [])
+        assert same is z
+        np.testing.assert_allclose(weights[0, 0].numpy(), found[0], rtol=1e-5)
+        assert (np.ptp(found[0]) > 0) == visual
+
+
 def test_the_encoder_comes_to_say_what_the_fit_makes_of_its_latents(images: Path, tmp_path: Path) -> None:
     before = load_weights(WEIGHTS)
     after = train(run(images, tmp_path / "r", stage="distill", start=WEIGHTS, steps=60), quiet)
@@ -270,7 +320,8 @@ def test_learning_from_latents_goes_on_from_vectors_that_learned_from_the_loss()
     torch.testing.assert_close(book.vectors[used], before[used])
 
 
-def test_two_processes_train_one_model(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", ["", ", stage='finish', start=WEIGHTS", ", stage='recorded', start=WEIGHTS"])
+def test_two_processes_train_one_model(images: Path, tmp_path: Path, settings: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -279,8 +330,8 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import torch
-from test_training import run, quiet, train
-model = train(run(Path({str(images)!r}), Path({str(tmp_path / "r")!r}), batch=2), quiet)
+from test_training import WEIGHTS, run, quiet, train
+model = train(run(Path({str(images)!r}), Path({str(tmp_path / "r")!r}), batch=2{settings}), quiet)
 flat = torch.cat([value.flatten().double() for value in model.state_dict().values()])
 import os
 torch.save(flat, {str(tmp_path)!r} + "/" + os.environ["RANK"] + ".pt")
@@ -317,6 +368,30 @@ def test_folders_without_usable_images_are_named(tmp_path: Path, images: Path) -
         Cache(tmp_path / "empty", tmp_path / "cache")
     with pytest.raises(ValueError, match=f"no image of {images} is as large .* 512 x 512"):
         Crops([(Cache(images, tmp_path / "cache"), 1.0)], 512, torch.device("cpu"))
+
+
+def test_images_that_are_too_small_are_counted(tmp_path: Path, images: Path) -> None:
+    folder, said = tmp_path / "both", list[str]()
+    folder.mkdir()
+    (folder / "large.png").symlink_to(images / "0.png")
+    (folder / "none.png").symlink_to(images / "nothing.png")
+    for name in "abc":
+        Image.new("RGB", (70, 63)).save(folder / f"{name}.png")
+    Crops([(Cache(folder, tmp_path / "cache"), 1.0)], 64, torch.device("cpu"), said.append)
+    assert said == [f"{folder}: 3 of 4 images are smaller than the largest crops, 64 x 64 pixels, and left out"]
+
+
+def test_an_interrupted_cache_leaves_nothing(tmp_path: Path, images: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "0.png").symlink_to(images / "0.png")
+    (folder / "1.png").write_bytes(b"")
+    with pytest.raises(KeyboardInterrupt):
+        Cache(folder, tmp_path / "cache", interrupt)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_broken_training_image_is_named_and_left_out(tmp_path: Path, images: Path) -> None:
@@ -378,6 +453,10 @@ def test_a_damaged_checkpoint_is_named(images: Path, tmp_path: Path) -> None:
         (tmp_path / "r" / "checkpoint.pt").write_bytes(content)
         with pytest.raises(WeightsError, match="damaged or no checkpoint"):
             train(run(images, tmp_path / "r"), quiet)
+    (tmp_path / "r" / "checkpoint.pt").unlink()
+    (tmp_path / "r" / "checkpoint.pt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        train(run(images, tmp_path / "r"), quiet)
 
 
 def test_a_step_waits_for_nothing_that_a_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ def blame(name: str = "") -> Iterator[None]:
     except (VqcodecError, FloatingPointError) as error:  # the latter: a training run has diverged
         raise FileError(f"{prefix}{error}") from error
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not name:  # who reads standard output has seen enough
+            raise
         if error.errno is None:  # not the system's, but a library's that says it all
             raise FileError(str(error)) from error
         prefix = f"{os.fsdecode(error.filename)}: " if error.filename else prefix

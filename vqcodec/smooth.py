@@ -17,7 +17,7 @@ HALF_WAY = 8.0  # bits; 4 and 16 do nearly as well
 def rate_share(latents: Tensor) -> Tensor:
     """Factor on the rate in each cell.
 
-    latents: (1, D, h, w), in units in which squared distances are bits. Returns (1, 1, h, w), from LEAST, where a cell
+    latents: (B, D, h, w), in units in which squared distances are bits. Returns (B, 1, h, w), from LEAST, where a cell
     and the 8 around it are alike, to 1, by their variance.
     """
     padded = F.pad(latents.float(), (1, 1, 1, 1), "replicate")

@@ -46,8 +46,6 @@ from bitstream.exact import (
 from vqcodec import compiled
 from vqcodec.compiled import rows_of
 
-# A sum has steps of 2**(exponent - 5). From EXPONENT_MAX down, half a step of any output is a whole number of them;
-# from EXPONENT_MIN up, the largest constant added to a sum, 32.5 steps of 2**-4 in a gate, is at most 1,064,960.
 _POWERS = torch.from_numpy(POWERS).double()  # whole numbers, for exact sums
 
 Affine = Callable[[Tensor], Tensor]
@@ -266,17 +264,6 @@ class DyadicLinear(nn.Module):
         samples, (B, out)."""
         weight, biases = self.on_grid()
         return F.linear(x, weight), biases[level]
-
-    def in_steps(self, level: int, bits: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (in, out) and bias (out) for coding, where all numbers are whole steps, on the CPU.
-
-        For activations x in steps, floor(x @ weight + bias) are the sums rounded to steps of 2**-bits (one number, or
-        one per output): the factor and the half of the rounding are in the weight and the bias. Still exact.
-        """
-        weight, biases = (x.detach().float().cpu() for x in self.on_grid())
-        factor = power_of_two(torch.as_tensor(bits))
-        bias = biases[level if len(biases) > 1 else 0] * factor + 0.5
-        return (weight * factor.reshape(-1, 1) * 2.0**-ACTIVATION_BITS).t().contiguous(), bias
 
 
 @functools.cache

@@ -34,7 +34,6 @@ from vqcodec.config import PriorConfig
 from vqcodec.models import Modules, dyadic
 from vqcodec.models.dyadic import DyadicLinear, Offsets
 
-# Attention sees this many rows above the cell (its own row included) and this many earlier steps.
 # Largest share of all (group, cell) pairs whose outcomes are computed on a GPU, where shapes must not depend on data.
 CAPACITY = 0.5
 

@@ -98,8 +98,8 @@ class Latent(nn.Module):
         return (codes + self.null[level][:, :, None, None]) * self.log_inverse[level].exp()[:, :, None, None]
 
 
-# Latents (B, M * d, h, w) of the finest grid, the context and the coarser grids' indices -> better latents, without a
-# gradient, and what the rates count for in each cell, (B, 1, h, w).
+# Latents (B, M * d, h, w) of a grid, the context and the coarser grids' indices -> the latents, which are better and
+# without a gradient if the grid is the finest, and what the rates count for in each cell, (B, 1, h, w).
 Fit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
@@ -323,7 +323,7 @@ class VQVAE(nn.Module):
         """The whole journey with the training form of the choice: one pass of the prior over indices chosen by
         marginal frequencies gives the rates for the final choice. rate_weight: 0 nearest code, 1 the full rate.
         dropped: (B,) bool, samples whose image is decoded from the coarsest grid alone. fit: what an encoder does to
-        the latents of the finest grid; then code vectors learn from the image, and those latents from the distance.
+        latents and to the weights of rates; then code vectors learn from the image, and latents from the distance.
         given: the indices of all grids: then the encoder has nothing to do, penalty and distance are 0.
 
         The priors learn from the first n = ceil(B / 2) samples: they see thousands of cells in each, and their backward
@@ -343,9 +343,9 @@ class VQVAE(nn.Module):
             else:
                 z = self.latent(k, x, features[k], context, level)
                 weight: float | Tensor = rate_weight
-                if fit and self._finest(k):
+                if fit:
                     fitted, weight = fit(z, context, known)
-                    distance = (z - fitted).pow(2).sum((1, 2, 3))
+                    distance = distance + (z - fitted).pow(2).sum((1, 2, 3))
                     z = fitted
                 index, straight, loss = self.quantize(k, z, condition, level, weight)
                 penalty = penalty + loss

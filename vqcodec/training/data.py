@@ -1,7 +1,6 @@
 """Training images: folders of pictures, decoded once into an uncompressed cache, served as batches of random crops."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitstream.errors import ImageError
+from vqcodec.files import write_atomically
 from vqcodec.image import find_images, read
 
 SHRINK = 2.0  # half of the crops show up to so many times the side of the others
@@ -24,13 +24,13 @@ class Cache:
     """
 
     def __init__(self, folder: Path, cache: Path, report: Callable[[str], None] = print) -> None:
-        paths = find_images(folder)
+        paths = [path for path in find_images(folder) if path.exists()]  # no links to nothing
         files = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
         key = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
         data, index = cache / f"{key}.bin", cache / f"{key}.npy"
         if not self._whole(data, index):
             cache.mkdir(parents=True, exist_ok=True)
-            self._build(paths, data, index, report)
+            self._build(folder, paths, data, index, report)
         self.folder = folder
         self.shapes = np.load(index)  # (images, 3): offset in bytes, height, width
         # As if it could be written to, which torch asks for.
@@ -45,10 +45,9 @@ class Cache:
             return False
 
     @staticmethod
-    def _build(paths: list[Path], data: Path, index: Path, report: Callable[[str], None]) -> None:
+    def _build(folder: Path, paths: list[Path], data: Path, index: Path, report: Callable[[str], None]) -> None:
         rows, offset = [], 0
-        partial = data.with_suffix(f".{os.getpid()}")  # several processes may start at once
-        with open(partial, "wb") as file:
+        with write_atomically(data, force=True) as file:  # several runs may start at once
             for path in paths:
                 try:
                     array = read(path).pixels
@@ -58,13 +57,10 @@ class Cache:
                 file.write(array.tobytes())
                 rows.append((offset, *array.shape[:2]))
                 offset += array.size
-        if not rows:
-            partial.unlink()
-            raise ImageError(f"{paths[0].parent}: no image there can be read")
-        os.replace(partial, data)
-        scratch = index.with_suffix(f".{os.getpid()}.npy")
-        np.save(scratch, np.array(rows, np.int64))
-        os.replace(scratch, index)
+            if not rows:
+                raise ImageError(f"{folder}: no image there can be read")
+        with write_atomically(index, force=True) as file:
+            np.save(file, np.array(rows, np.int64))
 
 
 class Crops:
@@ -75,9 +71,15 @@ class Crops:
     and cuts crops in shapes that depend on no data: nothing waits for it.
     """
 
-    def __init__(self, folders: Sequence[tuple[Cache, float]], largest: int, device: torch.device) -> None:
-        """folders: each with its share of the crops. largest: side of the largest crops. Raises ImageError if no image
-        of a folder is as large."""
+    def __init__(
+        self,
+        folders: Sequence[tuple[Cache, float]],
+        largest: int,
+        device: torch.device,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """folders: each with its share of the crops. largest: side of the largest crops. Images that are not as large
+        are left out, which is reported. Raises ImageError if none of a folder is."""
         chances: list[np.ndarray] = []
         shapes: list[np.ndarray] = []
         before = 0
@@ -87,6 +89,11 @@ class Crops:
                 raise ImageError(
                     f"no image of {cache.folder} is as large as the largest crops, {largest} x {largest} pixels: "
                     "choose a smaller --crop"
+                )
+            if not usable.all():
+                report(
+                    f"{cache.folder}: {(~usable).sum()} of {len(usable)} images are smaller than the largest crops, "
+                    f"{largest} x {largest} pixels, and left out"
                 )
             root = np.sqrt(cache.shapes[:, 1] * cache.shapes[:, 2]) * usable
             chances.append(root / root.sum() * share)

@@ -37,6 +37,7 @@ A step waits for nothing that a GPU computes: what the log needs is added up the
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -46,11 +47,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,12 +87,13 @@ LARGER = 1.5
 DROPPED = 0.04  # share of samples without the finer grids
 DROPPED_WEIGHT = 0.1  # of their distortion, which is several times larger
 VISUAL_SHARE = 0.6  # of the distance by SSIMULACRA 2, the rest is squared error
-REUSE = 8  # steps of the stage ``recorded`` for each new batch, until there are
+REUSE = 3  # steps of the stage ``recorded`` for each new batch, until there are; with 8 it learns crops by heart
 RECORDED = 2**29  # pixels of them: some 3 GB
 EMA_DECAY, EMA_INTERVAL = 0.999, 8  # EMA of the weights: decay of a step, and steps that one update stands for
 CLIP = 1.0
 CHECKPOINT_SECONDS = 300
-AGAIN = "give the same command again to go on from the last checkpoint with other crops, or try a larger --batch"
+PATIENCE = timedelta(hours=3)  # of processes that wait for another one, which may have thousands of images to decode
+AGAIN = "to go on from the last checkpoint with other crops, give the same command with another --seed"
 
 
 @dataclass(frozen=True)
@@ -232,22 +236,27 @@ def sample_weights(config: ModelConfig) -> Tensor:
     return (lambdas[config.levels // 2] / lambdas).sqrt() if config.rate_constrained else torch.ones(config.levels)
 
 
-def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, bits: Tensor, visual: bool) -> Fit:
-    """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. bits (B,) and visual: as
+def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, lambdas: Tensor, visual: bool) -> Fit:
+    """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. lambdas: (B,); visual: as
     in ``refined_latents``."""
     pixels = (x * 255).round().to(torch.uint8)
 
     def fit(z: Tensor, context: Tensor | None, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        finest = len(known) == len(model.config.grids) - 1
         if not model.config.rate_constrained:
-            return z.detach(), torch.zeros_like(z[:, :1])
-        context = None if context is None else context.detach()
+            return z.detach() if finest else z, torch.zeros_like(z[:, :1])
+        weights = torch.ones_like(z[:, :1])
         if visual:
-            lambdas = bits[:, None, None, None] * 3 / 255**2
-            weights = 1 / visibility(variance(pixels, model.config.grids[-1].stride), lambdas)
-        else:
+            cells = variance(pixels, model.config.grids[-1].stride)
+            weights = 1 / visibility(cells, lambdas[:, None, None, None])
+            weights = F.avg_pool2d(weights, weights.shape[2] // z.shape[2])
+        elif finest:
             weights = rate_share(z)
-        steps = EFFORTS[DEFAULT_EFFORT]
-        return refined_latents(model, pixels, z.detach(), context, level, bits, weights, steps, known, visual), weights
+        if not finest:
+            return z, weights
+        z, context = z.detach(), None if context is None else context.detach()
+        bits, steps = lambdas * 255**2 / 3, EFFORTS[DEFAULT_EFFORT]
+        return refined_latents(model, pixels, z, context, level, bits, weights, steps, known, visual), weights
 
     return fit
 
@@ -281,7 +290,7 @@ def processes() -> Iterator[tuple[int, int, torch.device]]:
         return
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield dist.get_rank(), dist.get_world_size(), device
     finally:
@@ -337,20 +346,22 @@ class State:
             "step": self.step,
             "elapsed": elapsed,
         }
-        scratch = self.checkpoint.with_suffix(".partial")
-        torch.save(state, scratch)
-        os.replace(scratch, self.checkpoint)
+        saved = io.BytesIO()
+        torch.save(state, saved)  # given a file, it turns a full disk into an error of its own
+        with write_atomically(self.checkpoint, force=True) as file:
+            file.write(saved.getbuffer())
         save_weights(self.average.model, self.folder / "model.safetensors")
 
-    def resume(self, device: torch.device) -> bool:
+    def resume(self) -> bool:
         """Go on from the checkpoint, if there is one. Raises WeightsError for a damaged file or another run's."""
         path = self.checkpoint
         if not path.exists():
             return False
         try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            # To the CPU, where Adam's numbers of steps must stay: they are asked for in every step.
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             same = state["run"] == self.identity
-        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
+        except (EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError):
             raise WeightsError(f"{path} is damaged or no checkpoint: remove it to start anew") from None
         if not same:
             raise WeightsError(f"{path} belongs to a run of another layout, stage or start: choose another folder")
@@ -389,9 +400,9 @@ class Objective:
     def __init__(self, model: VQVAE, stage: Stage, fitted: bool, device: torch.device) -> None:
         config = model.config
         self.model, self.config, self.stage, self.fitted, self.device = model, config, stage, fitted, device
-        lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
+        self.lambdas = torch.tensor(config.lambdas, device=device).repeat(config.banks)
         # Without rate the distortion has weight 1 per pixel value in 0..1, as in the VQ-VAE papers.
-        self.scales = lambdas * 255**2 if config.rate_constrained else torch.ones_like(lambdas)
+        self.scales = self.lambdas * 255**2 if config.rate_constrained else torch.ones_like(self.lambdas)
         self.weights = sample_weights(config).to(device).repeat(config.banks)
         self.eye = Ssimulacra2().to(device) if stage in ("visual", "recorded") else None
         self.recorder = copy.deepcopy(model).requires_grad_(False) if stage == "recorded" else None
@@ -402,11 +413,12 @@ class Objective:
         if self.recorder is None:
             return self._new(draw(), step, progress)
         pixels = sum(batch.x[:, 0].numel() for batch in self.recorded)
-        if self.recorded and (step % REUSE or pixels >= RECORDED):
+        # A run that is resumed records in every step until it has as many again.
+        if len(self.recorded) > step // REUSE or pixels >= RECORDED:
             return random.choice(self.recorded)
         x, level, visual, *_ = self._new(draw(), len(self.recorded), progress)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
-            fit = encoder_fit(self.recorder, x, level, self.scales[level] / 3, visual)
+            fit = encoder_fit(self.recorder, x, level, self.lambdas[level], visual)
             out = self.recorder(x, level, rate_weight(self.stage, step, self.config), None, fit)
         indices = [index.int() for index in out.indices]
         self.recorded.append(Batch((x * 255).round().to(torch.uint8), level, visual, indices))
@@ -428,7 +440,7 @@ class Objective:
         with torch.autocast(self.device.type, torch.bfloat16):
             fit = None
             if self.fitted and not given:
-                fit = encoder_fit(self.model, x, level, self.scales[level] / 3, visual)
+                fit = encoder_fit(self.model, x, level, self.lambdas[level], visual)
             out = network(x, level, rate_weight(self.stage, step, self.config), dropped, fit, given)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
         x_hat = out.x_hat + (out.x_hat.detach().clamp(0, 1) - out.x_hat.detach())
@@ -452,16 +464,16 @@ class Sums:
         self.loss, self.steps = torch.zeros((), device=device), 0
         self.table = torch.zeros(4, levels, device=device)
 
-    def add(self, batch: Measured) -> None:
-        self.loss += batch.loss.detach()
+    def add(self, measured: Measured) -> None:
+        self.loss += measured.loss.detach()
         self.steps += 1
-        level = batch.level % self.table.shape[1]
-        coded = level[: len(batch.bpp)]
+        level = measured.level % self.table.shape[1]
+        coded = level[: len(measured.bpp)]
         rows = (
-            (level, batch.mse * batch.whole),
-            (level, batch.whole),
-            (coded, batch.bpp),
-            (coded, torch.ones_like(batch.bpp)),
+            (level, measured.mse * measured.whole),
+            (level, measured.whole),
+            (coded, measured.bpp),
+            (coded, torch.ones_like(measured.bpp)),
         )
         for row, (at, values) in zip(self.table, rows, strict=True):
             row.index_add_(0, at, values.detach().float())
@@ -512,12 +524,13 @@ def train(run: Run, report: Callable[[str], None] = print) -> VQVAE:
         base = [group["lr"] for optim in state.optimizers for group in optim.param_groups]
         run.output.mkdir(parents=True, exist_ok=True)
         log = run.output / "log.jsonl"
-        if state.resume(device):
-            if rank == 0:
-                forget_rows(log, state.step)
+        resumed = state.resume()
+        if rank == 0:
+            forget_rows(log, state.step)
+        if resumed:
             report(f"resuming at step {state.step}, {state.elapsed / 3600:.2f} h")
         seed_everything(run.seed + size * state.step + rank)  # a resumed run sees new crops, each process its own
-        crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device)
+        crops = Crops(folders(run, rank, size, report), max(run.crop, late_side(run)), device, report)
         network = wrapped(model, size, device)
         started = saved_at = time.monotonic()
         sums = Sums(model.config.levels, device)
@@ -598,6 +611,9 @@ def wrapped(model: VQVAE, size: int, device: torch.device) -> Callable[..., Any]
         return model
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+    torch._dynamo.config.allow_unspec_int_on_nn_module = (
+        True  # codebooks count their updates: no reason to compile anew
+    )
     compiled = torch.compile(model)
 
     def call(x: Tensor, level: Tensor, rate: float, dropped: Tensor, fit: Fit | None, given: Sequence[Tensor]) -> Any:
