@@ -105,18 +105,23 @@ class _BesideSource(InTreeCacheLocator):
 
 
 class _CheckedImpl(CompileResultCacheImpl):
-    """Compiled code with a checksum: damaged code would crash, or worse, decode something else."""
+    """Compiled code with a checksum: damaged code would crash, or worse, decode something else.
+
+    sources: a hash of what was compiled, with which the checksum begins. numba writes the index first, then the code,
+    under a number that older code may have had: if it is stopped in between, that would pass for the new one.
+    """
 
     _locator_classes = [*CompileResultCacheImpl._locator_classes, _BesideSource]
+    sources = b""
 
     def reduce(self, compiled: Any) -> Any:
         data = dumps(super().reduce(compiled))
-        return zlib.crc32(data), data
+        return zlib.crc32(data, zlib.crc32(self.sources)), data
 
     def rebuild(self, context: Any, payload: Any) -> Any:
         checksum, data = payload
-        if zlib.crc32(data) != checksum:
-            raise ValueError("damaged")
+        if zlib.crc32(data, zlib.crc32(self.sources)) != checksum:
+            raise ValueError("damaged, or of other sources")
         return super().rebuild(context, loads(data))
 
 
@@ -137,6 +142,7 @@ class _Cache(FunctionCache):
         file, base = function.__code__.co_filename, self._impl.filename_base
         self._cache_file = IndexDataCacheFile(self._cache_path, base, _sources(file))
         self._installed = IndexDataCacheFile(str(Path(file).with_name("__pycache__")), base, _sources(file))
+        self._impl.sources = _sources(file).encode()
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         for file in (self._cache_file, self._installed):

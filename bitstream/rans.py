@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bitstream.container import parse_varint, varint
 from bitstream.errors import DamagedError
-from bitstream.exact import TABLE_BITS, TABLE_TOTAL
+from bitstream.exact import TABLE_TOTAL
 
 _CODER_TOTAL = 1 << 24
 _RATIO = _CODER_TOTAL // TABLE_TOTAL
@@ -92,11 +92,6 @@ def finish(states: Sequence[int], words: Sequence[int]) -> None:
     left = sum(x.bit_length() for x in states) + 32 * sum(words)
     if left or any(words):
         raise DamagedError(f"{left} bits are left after the last index: the file is damaged")
-
-
-def bits(frequency: NDArray[np.integer[Any]]) -> float:
-    """Ideal code length, in bits, of symbols with these frequencies out of 2**20."""
-    return float(TABLE_BITS * frequency.size - np.log2(frequency).sum())
 
 
 def _three_columns(low: NDArray[np.int32], size: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

@@ -37,14 +37,13 @@ INTERVALS = 2**14  # of a lane, in the memory of the kernel, or more where a wav
 
 class Setting(NamedTuple):
     """What all walks have in common. coarser: indices (M, h / 2, w / 2) of the next coarser grid, if there is one;
-    bits: (M, h, w), gets the bits of each index; tell: called with numbers of cells that are done; threads: at most."""
+    bits: (M, h, w), gets the bits of each index; tell: called with numbers of cells that are done."""
 
     prior: Prior
     shape: tuple[int, int]
     coarser: Grid | None = None
     bits: Floats | None = None
     tell: Tell | None = None
-    threads: int | None = None
 
 
 class Diffusion(NamedTuple):
@@ -148,7 +147,7 @@ def _fill(setting: Setting, coder: Coder, encoders: Sequence[rans.Encoder]) -> G
     prior, (h, w) = setting.prior, setting.shape
     model, streams = prior.model, len(coder.place)
     # A power of two divides the number of lanes, which is one as well.
-    with Team(1 << min(streams, setting.threads or cores()).bit_length() - 1) as team:
+    with Team(1 << min(streams, cores()).bit_length() - 1) as team:
         walk = _walk(setting, team.size)
         shared = [pack(record) for record in (prior.net, model, walk, coder)]
         rooms = [pack(_room(model)) for _ in range(team.size)]

@@ -3,7 +3,13 @@
 It is slow on purpose. The product must agree with it on every payload and every table.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+
+
+def bits(frequencies: Iterable[int]) -> float:
+    """Ideal length of symbols with these frequencies out of 2**20."""
+    return math.fsum(20 - math.log2(frequency) for frequency in frequencies)
 
 
 def decode(payload: bytes, tables: Sequence[Sequence[int]]) -> tuple[list[int], bool]:

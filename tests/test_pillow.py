@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import pickle
 import subprocess
 import sys
 import warnings
@@ -167,6 +168,21 @@ def test_draft_is_the_preview_at_a_quarter(codec: Codec) -> None:
     with Image.open(io.BytesIO(data)) as image:
         image.thumbnail((16, 16))
         assert max(image.size) == 16
+
+
+def test_a_parser_that_is_fed_in_pieces_waits_for_the_whole_file(codec: Codec) -> None:
+    data, parser = (FILES / "photo-level-1.vq2").read_bytes(), ImageFile.Parser()
+    for at in range(0, len(data), 50):
+        parser.feed(data[at : at + 50])
+    assert parser.close().tobytes() == codec.decode(data).tobytes()
+
+
+def test_an_image_from_another_process_is_as_it_was() -> None:
+    with Image.open(io.BytesIO((FILES / "photo-level-1.vq2").read_bytes())) as opened:
+        again = pickle.loads(pickle.dumps(opened))
+        again.thumbnail((5, 5))
+        opened.thumbnail((5, 5))
+        assert again.size == opened.size
 
 
 def test_a_file_that_is_not_one_is_left_to_others() -> None:

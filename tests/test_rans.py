@@ -107,7 +107,7 @@ def test_three_columns_give_the_words_of_full_tables(message: tuple[Array, Array
 @given(messages())
 def test_a_payload_is_at_most_8_bytes_and_half_a_percent_too_long(message: tuple[Array, Array]) -> None:
     tables, symbols = message
-    ideal = rans.bits(intervals(tables, symbols)[1]) / 8
+    ideal = reference_rans.bits(intervals(tables, symbols)[1]) / 8
     assert len(encode(tables, symbols)) <= 1.005 * ideal + 8
 
 
@@ -117,7 +117,7 @@ def test_a_long_message_has_the_ideal_length(k: int) -> None:
     tables = random_tables(rng, 5000, k, 0.3)
     symbols = (tables.cumsum(axis=1) <= rng.integers(0, TOTAL, (5000, 1))).sum(axis=1)
     payload = encode(tables, symbols)
-    assert abs(len(payload) - rans.bits(intervals(tables, symbols)[1]) / 8) <= 8 + len(payload) / 1000
+    assert abs(len(payload) - reference_rans.bits(intervals(tables, symbols)[1]) / 8) <= 8 + len(payload) / 1000
     assert (decode(payload, tables) == symbols).all()
 
 
@@ -230,8 +230,3 @@ def test_intervals_of_different_lengths_are_refused() -> None:
 def test_floats_do_not_get_past_the_door() -> None:
     with pytest.raises(TypeError):
         rans.Encoder().push(np.array([0.0]), np.array([5.0]))
-
-
-def test_bits_is_the_ideal_code_length() -> None:
-    assert rans.bits(np.array([TOTAL // 2, TOTAL // 256, 1])) == 1 + 8 + 20
-    assert rans.bits(np.array([], np.int64)) == 0

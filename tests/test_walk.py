@@ -672,3 +672,21 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(WeightsError, match=str(path)):
             Weights.load(path)
+
+
+def test_code_of_an_older_state_is_never_taken_for_that_of_a_newer_one(tmp_path: Path) -> None:
+    """Not even after a process that stopped between the index of the cache and the code."""
+    module = tmp_path / "older.py"
+    source = "import sys\nfrom bitstream.kernels import kernel\n@kernel\ndef f(x):\n    return {}\n"
+    source += "if __name__ == '__main__':\n    exec(sys.argv[1])\n    print(f(1))\n"
+    stop = "import os; f._cache._cache_file._save_data = lambda *_: os._exit(9)"
+
+    def run(text: str, before: str = "") -> tuple[int, str]:
+        module.write_text(source.format(text))
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run([sys.executable, module, before], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout
+
+    assert run("x + 1") == (0, "2\n")
+    assert run("100 * x", stop) == (9, "")
+    assert run("100 * x") == (0, "100\n")

@@ -8,8 +8,6 @@ What an image has that its file cannot hold is a warning (`warnings.warn`), and 
 are VqcodecErrors, but for files that the system cannot open (OSError).
 """
 
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from bitstream.container import DEFAULT_MAX_PIXELS
@@ -67,16 +65,6 @@ __all__ = [
 ]
 
 _default: "dict[str, Codec]" = {}
-
-
-def _use_one_thread() -> None:
-    """In a forked process the threads that torch has started are gone, and it would wait for them for ever."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):  # where there is fork
-    os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def __getattr__(name: str) -> Any:

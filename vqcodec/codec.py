@@ -1,8 +1,9 @@
 """Pictures to .vq2 bytes and back: the one junction of tensors and bytes."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,11 @@ MOSTLY_FLAT = 0.5  # share of a picture that flat blocks draw; below it another 
 # kilobyte is drawn in no time.
 FEW_BITS, FEW_BITS_PER_PIXEL, SMALL_BITS = 1000, 0.05, 8000
 FAINT = 10  # grey levels of a picture's deviation from its mean, up to which it may be better to code that alone
+
+
+if hasattr(os, "register_at_fork"):  # where there is fork
+    # In a forked process the threads that torch has started are gone, and it would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def pick_device(name: str) -> torch.device:
@@ -174,8 +180,8 @@ class Codec:
         memory.require(header.width, header.height)
         alpha = None if parts.alpha is None else unpack_alpha(parts.alpha, header.width, header.height)
         indices, stages = self.indices, Stages(progress, INDICES + PIXELS)
-        told = stages.next(INDICES)
-        grids = indices.pop(header, parts.grids[:1], told) if preview else indices.decode(parts, told)
+        tell = stages.next(INDICES)
+        grids = indices.pop(header, parts.grids[:1], tell) if preview else indices.decode(parts, tell)
         size = header.height, header.width
         row = indices.weights.row(header)
         shift = None if preview else parts.offset
@@ -375,8 +381,8 @@ class PictureEncoder:
                 def latent(x: Tensor, *parts: Tensor, k: int = k) -> list[Tensor]:
                     return [model.latent(k, x, *parts, number)]
 
-                halo, told = model.config.halo(k, "latents"), stages.next(LATENTS if k else 0)
-                (z,) = codec.tiled(latent, halo, self.cells, self._pixels, self._features[k], context, progress=told)
+                halo, tell = model.config.halo(k, "latents"), stages.next(LATENTS if k else 0)
+                (z,) = codec.tiled(latent, halo, self.cells, self._pixels, self._features[k], context, progress=tell)
                 if last:
                     self._features[k] = None
                 if k == finest:
@@ -395,9 +401,9 @@ class PictureEncoder:
                     latents = np.where(np.expand_dims(unseen, 2), np.float32(0), latents)
                     weights = np.where(unseen, np.float32(UNSEEN), weights)
                     flatness = np.where(unseen, np.float32(0), flatness)
-                told = stages.next(WALK if k == finest else COARSE_WALK)
+                tell = stages.next(WALK if k == finest else COARSE_WALK)
                 grid, payload = codec.indices.encode(
-                    row, self.size, self.grids, latents, weights, Diffusion(codec.passed_on[k], flatness), told
+                    row, self.size, self.grids, latents, weights, Diffusion(codec.passed_on[k], flatness), tell
                 )
                 self.grids.append(grid)
                 payloads.append(payload)
@@ -407,8 +413,8 @@ class PictureEncoder:
                         return [_context(model, k, parts[: k + 1], parts[k + 1], number)]
 
                     known = *map(_tensor, self.grids), context
-                    told = stages.next(CONTEXT)
-                    (context,) = codec.tiled(decode, model.config.halo(k, "decoder"), self.cells, *known, progress=told)
+                    tell = stages.next(CONTEXT)
+                    (context,) = codec.tiled(decode, model.config.halo(k, "decoder"), self.cells, *known, progress=tell)
         return self.grids, payloads
 
     def decoded(self) -> NDArray[np.uint8]:
@@ -474,9 +480,9 @@ class PictureEncoder:
                 return [model.features(k, x, number)]
 
             source = self._features[0] if self._features else self._pixels
-            told = progress if k == finest else None  # the others are a tenth of it
+            tell = progress if k == finest else None  # the others are a tenth of it
             halo = model.config.halo(k, "features")
-            self._features[:0] = codec.tiled(features, halo, self.cells, source, progress=told)
+            self._features[:0] = codec.tiled(features, halo, self.cells, source, progress=tell)
 
     def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
         """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""

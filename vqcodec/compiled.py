@@ -240,7 +240,7 @@ def choose(  # type: ignore[no-untyped-def]
                 rate[p, j] = 2 * share * ((active[p] - expected) * sum_e + sum_both) / sum_q
 
 
-@_kernel()
+@_kernel("f4[:,::1], i8[::1], f4[::1], f4[:,::1]")
 def code_length(logits, index, bits, slope):  # type: ignore[no-untyped-def]
     """logits (n, K) float32, index (n,) int64 -> bits (n,), -log2 of 2**logits[index] / sum(2**logits); and slope
     (n, K), their gradient."""
@@ -281,7 +281,7 @@ def snap_weight(weight, out, exponent):  # type: ignore[no-untyped-def]
         exponent[r, 0] = e if _largest(target) > 0 else -7  # as frexp has it for 0
 
 
-# --- layers of the priors in training: sums, gradients and activations are bfloat16, held as uint16 ---
+# --- layers of the priors in training and in the fit: sums, gradients and activations are bfloat16, held as uint16 ---
 
 
 @_function
@@ -313,7 +313,7 @@ def relu(sums, bias, out):  # type: ignore[no-untyped-def]
             out[r, c] = _narrow(steps / _ACTIVATION)
 
 
-@_kernel()
+@_kernel("u2[:,::1], u2[:,::1], u2[:,::1], f4[:,::1]")
 def relu_backward(out, gradient, to_sums, to_bias):  # type: ignore[no-untyped-def]
     n, width = out.shape
     for r in range(n):
@@ -358,7 +358,9 @@ def add(stream, sums, bias, gated, height, offsets, out, taps):  # type: ignore[
                         target[:] = 0
 
 
-@_kernel()
+@_kernel(
+    "u2[:,::1], f4[:,::1], b1, i8, i8[:,::1], f4[::1], f4[:,::1], f4[:,::1], u2[:,::1], f4[:,::1], u2[:,::1], f4[:,::1]"
+)
 def add_backward(  # type: ignore[no-untyped-def]
     sums, bias, gated, height, offsets, total, out, to_out, to_taps, to_stream, to_sums, to_bias
 ):
@@ -414,7 +416,7 @@ def heads(sums, bias, place, out):  # type: ignore[no-untyped-def]
             out[r, c] = _snap(steps, _ZERO, _ACTIVATION_LAST) / _ACTIVATION
 
 
-@_kernel()
+@_kernel("f4[:,::1], f4[:,::1], i8[::1], u2[:,::1], f4[:,::1]")
 def heads_backward(out, gradient, place, to_sums, to_bias):  # type: ignore[no-untyped-def]
     cells, width = len(to_sums), out.shape[1]
     for r in range(len(place)):

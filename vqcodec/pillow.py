@@ -17,6 +17,7 @@ Pillow's other formats, instead of the image's own, None for none. What the form
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import IO, Any
 
 from PIL import Image, ImageFile
@@ -35,6 +36,8 @@ DRAFT = 4  # a preview holds about this fraction of the detail
 class Vq2ImageFile(ImageFile.ImageFile):
     format = "VQ2"
     format_description = "vqcodec image"
+    _drafted = False
+    _told: Sequence[str] = ()
 
     def _open(self) -> None:
         assert self.fp is not None
@@ -60,11 +63,16 @@ class Vq2ImageFile(ImageFile.ImageFile):
             exif = exif and EXIF_PREFIX + exif
             found = {"icc_profile": icc, "exif": exif, "xmp": parts.xmp}
             self.info.update({name: value for name, value in found.items() if value})
-        self._drafted, self._told = False, notes
+        self._told = notes
         self._use(preview, 1)
 
     def _use(self, preview: bool, scale: int) -> None:
         self.tile = [ImageFile._Tile("vq2", (0, 0, *self.size), 0, (preview, scale, self._told))]
+
+    def load_read(self, size: int) -> bytes:
+        """That it is there tells Pillow's parser to wait for the whole file."""
+        assert self.fp is not None
+        return self.fp.read(size)
 
     def draft(self, mode: str | None, size: tuple[int, int] | None) -> tuple[str, tuple[int, int, float, float]] | None:
         """See the module. The mode stays as it is."""

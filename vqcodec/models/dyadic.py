@@ -280,7 +280,7 @@ def frequencies(logits: Tensor) -> Tensor:
     """Integer coding tables from the prior's logits.
 
     logits: (..., K) exact sums.  Returns (..., K) int32, rows sum to 2**20, every entry >= 1.
-    Guarantee: the same on every device, and the same as ``kernels.tables``. Every number is a whole number below 2**53;
+    Guarantee: the same on every device, and the same as ``kernels.table``. Every number is a whole number below 2**53;
     the one division is correctly rounded, and its quotient is further from the next whole number than that rounding
     can move it.
     """

@@ -150,11 +150,13 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, ends = ctx.saved_tensors
-        to_x, to_weight = torch.empty_like(x), torch.empty_like(weight)
+        to_x = torch.empty_like(x)
+        to_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = weight.new_empty(weight.shape[:2]) if ctx.biased else None
         for g, rows in enumerate(_spans(ends)):
             torch.mm(gradient[rows], weight[g], out=to_x[rows])
-            torch.mm(gradient[rows].t(), x[rows], out=to_weight[g])
+            if to_weight is not None:
+                torch.mm(gradient[rows].t(), x[rows], out=to_weight[g])
             if to_bias is not None:
                 to_bias[g] = gradient[rows].sum(0)
         return to_x, to_weight, to_bias, None

@@ -9,6 +9,13 @@ the guess a long step overshoots where the decoder is steep. So would single cel
 costs a forward and a backward pass of the decoder's finest part. What codes cost the prior says in the second step, and
 anew in every third after it: for the first, codes chosen by their frequencies alone are good enough.
 
+A code costs more than its own bits, or less: the prior predicts flags and codes after it from what it is. From then on
+the gradient of all bits with respect to the codes as the prior sees them joins that of the distortion.
+
+The walk chooses once more, cell by cell and with rates that differ a little. What it changes was fitted to neighbours
+that stay. So in the end the latents go a part of the way to the codes of a last choice, less so where the picture is
+flat: there the walk passes on what codes leave of the colour, and must be free to choose.
+
 For the eye a half of the squared error gives way to the distance by SSIMULACRA 2. That is steep where errors show most,
 steeper than the distance of the choice knows of: what it has in a step is limited, because without that it overshoots
 by far. It is limited in the coefficients of the linear path, before the networks, so that the two gradients go through
@@ -26,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqcodec.masking import smoothness, variance
 from vqcodec.models.blocks import Drawn
 from vqcodec.models.precision import full_precision
 from vqcodec.models.vqvae import VQVAE, Base, pointwise
@@ -33,6 +41,8 @@ from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
 LONGEST_STEP = 0.5  # of the way to e - g / 2, see ``_step_size`` and the model card
 STEP_LIMIT = 6.0  # of g / 2, in each channel: single cells overshoot
+RATE_LIMIT = 3.0  # of what the bits have in it
+KEPT = 0.4  # of the way to the codes of the last choice; 0.3 and 0.5 do as well
 RATES_LAST = 3  # steps until the prior is asked anew, from the second on
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.7 does as well by it and costs more PSNR
 VISUAL_LIMIT = 1.25  # of what that distance has in g / 2, in each channel by the linear path
@@ -72,14 +82,23 @@ def refined_latents(
     with full_precision(x.device):
         condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
     base = None if context is None else model.base(finest, context)
+    dear = torch.zeros_like(z)
     for step in range(steps):
-        if step % RATES_LAST == 1:
+        asked = step % RATES_LAST == 1
+        if asked:
             rates = model.rates(finest, z, condition, level, rate_weights)
         indices = model.choose(finest, z, rates, rate_weights) if step else model.guess(finest, z, level, rate_weights)
+        if asked:
+            dear = model.rate_gradient(finest, indices, condition, level, rate_weights) / 2
+            dear.clamp_(-RATE_LIMIT, RATE_LIMIT)
         codes = model.codes(finest, [*known, indices]).requires_grad_()
         half = weight * _gradient(model, x, codes, base, level, eye)
         half.clamp_(-STEP_LIMIT, STEP_LIMIT)
-        z = torch.lerp(z, codes.detach() - half, _step_size(step, steps))
+        z = torch.lerp(z, codes.detach() - half - dear, _step_size(step, steps))
+    if steps > 1:
+        last = model.codes(finest, [*known, model.choose(finest, z, rates, rate_weights)])
+        flat = smoothness(variance(x, model.config.grids[finest].stride))
+        z = torch.lerp(z, last, KEPT * (1 - flat))
     return z
 
 
@@ -110,7 +129,8 @@ class _Eye:
         self.size = model.config.grids[-1].stride
         self.to_latents = model.pixels.weight.flatten(1)
         with full_precision(x.device):
-            self.to_blocks = torch.linalg.pinv(self.to_latents, rtol=VISUAL_RANK)
+            # Its last bits depend on the number of threads, and files must not.
+            self.to_blocks = torch.linalg.pinv(self.to_latents.double(), rtol=VISUAL_RANK).round(decimals=6).float()
         inverse = model.latents[-1].log_inverse[level].exp()[:, :, None, None]
         self.limit = VISUAL_LIMIT / (VISUAL_SHARE * weight * inverse)
 

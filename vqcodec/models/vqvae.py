@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitstream.exact import ESCAPE_BITS
+from bitstream.exact import CODE_SCALE_BITS, ESCAPE_BITS
 from vqcodec.config import STEM, ModelConfig
 from vqcodec.models import Modules
 from vqcodec.models.blocks import Drawn, to_blocks
@@ -423,6 +423,18 @@ class VQVAE(nn.Module):
         """What indices cost, by one pass of the prior over those that are guessed for latents z."""
         flags, units = self.priors[k](self.seen(k, self.guess(k, z, level, rate_weight)), level, condition)
         return Rates(*flag_bits(flags), units)
+
+    def rate_gradient(
+        self, k: int, index: Tensor, condition: Tensor | None, level: Tensor, rate_weight: float | Tensor
+    ) -> Tensor:
+        """Of the bits of all indices (B, M, h, w), those of a cell times its weight, with respect to the code vectors
+        that the prior sees of them: (B, M * d, h, w). Of an index's own bits it has nothing."""
+        with torch.enable_grad():
+            seen = self.seen(k, index).requires_grad_()
+            flags, outcomes = self.bits(k, index, seen, condition, level)
+            bits = ((flags + outcomes).sum(0) * _by_cell(rate_weight, index)).sum()
+            (gradient,) = torch.autograd.grad(bits, seen)
+        return gradient.permute(0, 3, 1, 2) * 2.0**-CODE_SCALE_BITS
 
     def choose(self, k: int, z: Tensor, rates: Rates, rate_weight: float | Tensor) -> Tensor:
         """Indices (B, M, h, w) of latents z by distance and rates."""
