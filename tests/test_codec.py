@@ -508,6 +508,18 @@ def test_what_squared_error_has_in_a_step_is_not_limited_for_the_eye(
     assert not all(map(np.array_equal, plain, grids("visual", 0.5)))
 
 
+@pytest.mark.parametrize("visual", [False, True])
+def test_coarse_latents_are_fitted_to_the_picture(codec: Codec, visual: bool) -> None:
+    model, level = codec.model, torch.tensor([1])
+    x = torch.from_numpy(np.array(Image.open(PHOTO).resize((128, 96)))).permute(2, 0, 1)[None]
+    features = model.analyse(x / 255, level)
+    right = model.latent(0, x, features[0], None, level)
+    bits, weights = torch.tensor([model.config.sample_bits(1)]), torch.ones(1, 1, x.shape[2] // 8, x.shape[3] // 8)
+    wrong = right + 4
+    fitted = refine.refined_latents(model, x, wrong, features[1:], None, level, bits, weights, 4, [], visual)
+    assert (fitted - right).square().mean() < 0.95 * (wrong - right).square().mean()
+
+
 def test_without_a_linear_path_the_fit_for_the_eye_is_that_by_squared_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_weights(WEIGHTS)
     torch.manual_seed(0)

@@ -337,7 +337,8 @@ class PictureEncoder:
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)
         row = codec.indices.weights.row(header)
         analysis = 0 if self._analysed(row) else ANALYSIS
-        coarse = (len(codec.model.codebooks) - 1) * (COARSE_WALK + CONTEXT + LATENTS)
+        fit = FIT_STEP * refine.COARSE_STEPS if self.steps else 0
+        coarse = (len(codec.model.codebooks) - 1) * (fit + COARSE_WALK + CONTEXT + LATENTS)
         # To say nothing about flat blocks in coarse grids, too, halves the bytes beside strong colours, but costs some
         # beside white: what is next to them is easier to guess then.
         ways = (False, True) if self.unseen is not None and self.unseen.mean() >= MOSTLY_FLAT else (False,)
@@ -385,11 +386,12 @@ class PictureEncoder:
                 (z,) = codec.tiled(latent, halo, self.cells, self._pixels, self._features[k], context, progress=tell)
                 if last:
                     self._features[k] = None
+                if k == finest and not self.visual:  # whose weights do as much
+                    rate_weights = rate_weights * self._rate_share(z)
+                if self.steps:
+                    tell = stages.next(FIT_STEP * (self.steps if k == finest else refine.COARSE_STEPS))
+                    z = self._fitted(z, context, rate_weights, tell)
                 if k == finest:
-                    if not self.visual:  # whose weights do as much
-                        rate_weights = rate_weights * self._rate_share(z)
-                    if self.steps:
-                        z = self._fitted(z, context, rate_weights, stages.next(self.steps * FIT_STEP))
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
                 weights, flatness = (
@@ -485,17 +487,21 @@ class PictureEncoder:
             self._features[:0] = codec.tiled(features, halo, self.cells, source, progress=tell)
 
     def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
-        """Latents of the finest grid, fitted to the picture and to the coarser grids that there are."""
-        model, finest = self.codec.model, len(self.grids)
+        """Latents of the next grid, fitted to the picture and to the coarser grids that there are."""
+        model, k = self.codec.model, len(self.grids)
         assert self._row is not None
         number = _number(self._row, self.codec.device)
         bits = torch.full((1,), model.config.sample_bits(self._row), dtype=torch.float32, device=self.codec.device)
 
-        def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *known: Tensor) -> list[Tensor]:
-            return [refine.refined_latents(model, x, z, context, number, bits, weights, self.steps, known, self.visual)]
+        def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *rest: Tensor) -> list[Tensor]:
+            known, finer = rest[:k], rest[k:]
+            fitted = refine.refined_latents(
+                model, x, z, finer, context, number, bits, weights, self.steps, known, self.visual
+            )
+            return [fitted]
 
-        sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids)]
-        tiled = TiledNetwork(fit, sources, model.config.halo(finest, "fit"))
+        sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids), *self._features[k + 1 :]]
+        tiled = TiledNetwork(fit, sources, model.config.halo(k, "fit"))
         (z,) = run_tiled([tiled], self.cells, model.config.stride, self.codec.device, progress=progress)
         return z
 

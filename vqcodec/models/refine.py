@@ -1,4 +1,4 @@
-"""Latents of the finest grid fitted to one image: gradient steps improve the first guess that the encoder makes.
+"""Latents fitted to one image: gradient steps improve the first guess that the encoder makes.
 
 The encoder measures an error by the distance of a code from its latents, |z - e|^2 in bits, as if the decoder were a
 rotation. Around chosen codes e the true distortion has the gradient g; it is that of the distance from z = e - g / 2.
@@ -22,8 +22,12 @@ by far. It is limited in the coefficients of the linear path, before the network
 them as one; of the sum only what single cells would overshoot by is cut off. A model without that path is fitted by
 squared error alone.
 
+Each code of a coarser grid moves so many pixels that such steps are far too long: there they are a fraction as long,
+and two will do. What is drawn then has finer codes that are guessed around the coarse ones, as the encoder will do it;
+the gradient takes them as fixed. That of the bits was of no use there.
+
 Fitted to single images in this spirit: Campos et al., "Content Adaptive Optimization for Neural Image Compression"
-(2019). The coarser grids stay as they are: each of their codes moves so many pixels that such a step is far too long.
+(2019).
 """
 
 import functools
@@ -36,12 +40,14 @@ from torch import Tensor
 from vqcodec.masking import smoothness, variance
 from vqcodec.models.blocks import Drawn
 from vqcodec.models.precision import full_precision
-from vqcodec.models.vqvae import VQVAE, Base, pointwise
+from vqcodec.models.vqvae import VQVAE, pointwise
 from vqcodec.ssimulacra2 import MIN_SIDE, WORTH, Ssimulacra2
 
 LONGEST_STEP = 0.5  # of the way to e - g / 2, see ``_step_size`` and the model card
 STEP_LIMIT = 6.0  # of g / 2, in each channel: single cells overshoot
 RATE_LIMIT = 3.0  # of what the bits have in it
+LONGEST_COARSE_STEP, COARSE_STEP_LIMIT = 0.14, 3.0  # of grids that are not the finest
+COARSE_STEPS = 2
 KEPT = 0.4  # of the way to the codes of the last choice; 0.3 and 0.5 do as well
 RATES_LAST = 3  # steps until the prior is asked anew, from the second on
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.7 does as well by it and costs more PSNR
@@ -55,6 +61,7 @@ def refined_latents(
     model: VQVAE,
     x: Tensor,
     z: Tensor,
+    finer: Sequence[Tensor],
     context: Tensor | None,
     level: Tensor,
     bits: Tensor,
@@ -63,60 +70,77 @@ def refined_latents(
     known: Sequence[Tensor],
     visual: bool,
 ) -> Tensor:
-    """Latents (B, M * d, h, w) of the finest grid, better ones than z.
+    """Latents (B, M * d, h, w) of the grid after those that are known, better ones than z.
 
-    x: (B, 3, H, W) uint8, sides multiples of the stride; level: (B,); bits: (B,), what a squared error of 1 in one
-    sample of 0..1 costs; rate_weights: (B, 1, h, w), factors on the rates; known: indices (B, M, h, w) of the coarser
-    grids as the walk chose them, and context what ``decode_grid`` makes of them; visual: for the eye, not for squared
-    error alone.
+    x: (B, 3, H, W) uint8, sides multiples of the stride; finer: features of the grids after this one, as ``analyse``
+    gives them; level: (B,); bits: (B,), what a squared error of 1 in one sample of 0..1 costs; rate_weights: of the
+    finest grid's cells, (B, 1, h', w'), factors on the rates; steps: those of the finest grid; known: indices
+    (B, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid`` makes of them; visual:
+    for the eye, not for squared error alone.
     """
     # What was made in inference mode cannot take part in a backward pass.
     x, z, level, bits, rate_weights = (given.clone() for given in (x, z, level, bits, rate_weights))
-    known = [indices.clone() for indices in known]
+    known, finer = [indices.clone() for indices in known], [features.clone() for features in finer]
     context = None if context is None else context.clone()
-    finest = len(known)
+    k, longest, limit = len(known), LONGEST_STEP, STEP_LIMIT
+    if finer:
+        steps, longest, limit = min(steps, COARSE_STEPS), LONGEST_COARSE_STEP, COARSE_STEP_LIMIT
+    weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])
     weight = bits[:, None, None, None] / 2
     eye = None
     if visual and model.config.linear_path and min(x.shape[2:]) >= MIN_SIDE:
         eye = _Eye(model, x, level, weight)
     with full_precision(x.device):
-        condition = model.condition(finest, known[-1], level) if known and steps > 1 else None
-    base = None if context is None else model.base(finest, context)
+        condition = model.condition(k, known[-1], level) if known and steps > 1 else None
+    base = None if context is None else model.base(k, context)
+
+    def draw(indices: Tensor, codes: Tensor) -> Drawn:
+        """The picture of codes, and of those that the encoder would guess for the finer grids."""
+        above, found = base, [*known, indices]
+        for features in finer:
+            n = len(found)
+            below = model.context(n - 1, codes, above, level)
+            with torch.no_grad():
+                latents = model.latent(n, x, features, below, level)
+                own = F.avg_pool2d(rate_weights, rate_weights.shape[2] // latents.shape[2])
+                found.append(model.guess(n, latents, level, own))
+                codes = model.codes(n, found)
+            above = model.base(n, below)
+        return model.draw(codes, above, level)
+
+    def gradient(indices: Tensor, codes: Tensor) -> Tensor:
+        # A function of its own, so that nothing of the picture is kept in memory while the prior works.
+        with torch.enable_grad():
+            drawn = draw(indices, codes)
+            error = drawn.error_gradient(x)
+            pairs = zip(drawn, error if eye is None else eye.mixed(drawn, error), strict=True)
+            outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
+            return torch.autograd.grad(outputs, codes, towards)[0]
+
     dear = torch.zeros_like(z)
     for step in range(steps):
         asked = step % RATES_LAST == 1
         if asked:
-            rates = model.rates(finest, z, condition, level, rate_weights)
-        indices = model.choose(finest, z, rates, rate_weights) if step else model.guess(finest, z, level, rate_weights)
-        if asked:
-            dear = model.rate_gradient(finest, indices, condition, level, rate_weights) / 2
+            rates = model.rates(k, z, condition, level, weights)
+        indices = model.choose(k, z, rates, weights) if step else model.guess(k, z, level, weights)
+        if asked and not finer:
+            dear = model.rate_gradient(k, indices, condition, level, weights) / 2
             dear.clamp_(-RATE_LIMIT, RATE_LIMIT)
-        codes = model.codes(finest, [*known, indices]).requires_grad_()
-        half = weight * _gradient(model, x, codes, base, level, eye)
-        half.clamp_(-STEP_LIMIT, STEP_LIMIT)
-        z = torch.lerp(z, codes.detach() - half - dear, _step_size(step, steps))
+        codes = model.codes(k, [*known, indices]).requires_grad_()
+        half = weight * gradient(indices, codes)
+        half.clamp_(-limit, limit)
+        z = torch.lerp(z, codes.detach() - half - dear, longest * _step_size(step, steps))
     if steps > 1:
-        last = model.codes(finest, [*known, model.choose(finest, z, rates, rate_weights)])
-        flat = smoothness(variance(x, model.config.grids[finest].stride))
+        last = model.codes(k, [*known, model.choose(k, z, rates, weights)])
+        flat = smoothness(variance(x, model.config.grids[k].stride))
         z = torch.lerp(z, last, KEPT * (1 - flat))
     return z
 
 
 def _step_size(step: int, steps: int) -> float:
-    """Of the way to e - g / 2: falls from LONGEST_STEP linearly to nothing, but that the first two take turns."""
+    """Share of the longest step: falls linearly from 1 to nothing, but that the first two take turns."""
     place = 1 - step if step < 2 <= steps else step
-    return LONGEST_STEP * (1 - place / steps)
-
-
-def _gradient(model: VQVAE, x: Tensor, codes: Tensor, base: Base | None, level: Tensor, eye: "_Eye | None") -> Tensor:
-    """Of the error of the picture that is drawn of the codes, with respect to them."""
-    # A function of its own, so that nothing of the picture is kept in memory while the prior works.
-    with torch.enable_grad():
-        drawn = model.draw(codes, base, level)
-        error = drawn.error_gradient(x)
-        pairs = zip(drawn, error if eye is None else eye.mixed(drawn, error), strict=True)
-        outputs, towards = zip(*(pair for pair in pairs if pair[0] is not None), strict=True)
-        return torch.autograd.grad(outputs, codes, towards)[0]
+    return 1 - place / steps
 
 
 class _Eye:

@@ -98,9 +98,9 @@ class Latent(nn.Module):
         return (codes + self.null[level][:, :, None, None]) * self.log_inverse[level].exp()[:, :, None, None]
 
 
-# Latents (B, M * d, h, w) of a grid, the context and the coarser grids' indices -> the latents, which are better and
-# without a gradient if the grid is the finest, and what the rates count for in each cell, (B, 1, h, w).
-Fit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
+# Latents (B, M * d, h, w) of a grid, the features of the finer grids, the context and the coarser grids' indices ->
+# better latents, without a gradient, and what the rates count for in each cell, (B, 1, h, w).
+Fit = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 class Rates(NamedTuple):
@@ -114,8 +114,8 @@ class Rates(NamedTuple):
 
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n samples;
-    penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the finest latents from
-    what a fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
+    penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the latents from what a
+    fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
 
     x_hat: Tensor
     bits: Tensor
@@ -229,7 +229,12 @@ class VQVAE(nn.Module):
         """Decode grid k: code vectors (B, M * d, h, w) and the context from coarser grids -> the context of the next
         finer grid (B, C, h', w'); after the finest grid, the image (B, 3, H, W)."""
         base = None if context is None else self.base(k, context)
-        return self.draw(codes, base, level).image if self._finest(k) else self._synthesise(k, codes, base, level)[0]
+        return self.draw(codes, base, level).image if self._finest(k) else self.context(k, codes, base, level)
+
+    def context(self, k: int, codes: Tensor, base: Base | None, level: Tensor) -> Tensor:
+        """The context that the code vectors of grid k, not the finest, give the next finer one, as ``decode_grid``;
+        base: of their own context."""
+        return self._synthesise(k, codes, base, level)[0]
 
     def draw(self, codes: Tensor, base: Base | None, level: Tensor) -> Drawn:
         """The picture of the finest grid's code vectors, as ``decode_grid``; base: of their context."""
@@ -344,7 +349,7 @@ class VQVAE(nn.Module):
                 z = self.latent(k, x, features[k], context, level)
                 weight: float | Tensor = rate_weight
                 if fit:
-                    fitted, weight = fit(z, context, known)
+                    fitted, weight = fit(z, features[k + 1 :], context, known)
                     distance = distance + (z - fitted).pow(2).sum((1, 2, 3))
                     z = fitted
                 index, straight, loss = self.quantize(k, z, condition, level, weight)

@@ -241,22 +241,22 @@ def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, lambdas: Tensor, visual:
     in ``refined_latents``."""
     pixels = (x * 255).round().to(torch.uint8)
 
-    def fit(z: Tensor, context: Tensor | None, known: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        finest = len(known) == len(model.config.grids) - 1
-        if not model.config.rate_constrained:
-            return z.detach() if finest else z, torch.zeros_like(z[:, :1])
-        weights = torch.ones_like(z[:, :1])
-        if visual:
-            cells = variance(pixels, model.config.grids[-1].stride)
-            weights = 1 / visibility(cells, lambdas[:, None, None, None])
-            weights = F.avg_pool2d(weights, weights.shape[2] // z.shape[2])
-        elif finest:
-            weights = rate_share(z)
-        if not finest:
-            return z, weights
+    def fit(
+        z: Tensor, finer: Sequence[Tensor], context: Tensor | None, known: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         z, context = z.detach(), None if context is None else context.detach()
+        if not model.config.rate_constrained:
+            return z, torch.zeros_like(z[:, :1])
+        cells = variance(pixels, model.config.grids[-1].stride)
+        weights = torch.ones_like(cells)
+        if visual:
+            weights = 1 / visibility(cells, lambdas[:, None, None, None])
+        elif not finer:
+            weights = rate_share(z)
         bits, steps = lambdas * 255**2 / 3, EFFORTS[DEFAULT_EFFORT]
-        return refined_latents(model, pixels, z, context, level, bits, weights, steps, known, visual), weights
+        finer = [features.detach() for features in finer]
+        z = refined_latents(model, pixels, z, finer, context, level, bits, weights, steps, known, visual)
+        return z, F.avg_pool2d(weights, weights.shape[2] // z.shape[2])
 
     return fit
 
