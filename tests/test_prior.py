@@ -22,7 +22,7 @@ from vqcodec.models.vqvae import VQVAE
 from vqcodec.weights import as_coded
 
 STRIDE, LEVELS = 8, 2
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 13))
+shapes = st.tuples(st.integers(1, 20), st.integers(1, 13))
 Interval = tuple[int, int]
 
 

@@ -77,7 +77,8 @@ class CausalAttention(nn.Module):
         return dyadic.activation(x).unflatten(-1, (-1, self.head_channels))
 
     def scores(self, query: Tensor, key: Tensor, position: Tensor) -> Tensor:
-        """Logits (B, heads, n, n) of attention. query, key: (B, heads, n, c) activations; position: (heads, n, n)."""
+        """Logits (B, heads, Q, N) of attention. query: (B, heads, Q, c) activations; key: (B, heads, N, c); position:
+        (heads, Q, N)."""
         return dyadic.logit(dyadic.wide(query @ key.transpose(-1, -2)) * 0.5 + dyadic.logit(position))
 
     def forward(self, x: Tensor, codes: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,17 +88,25 @@ class CausalAttention(nn.Module):
         query = self.split(self.query.at(level)(x)).flatten(1, 2).transpose(1, 2)
         key_value = self.key_value.at(level)(torch.cat([x, codes], -1))
         key, value = self.split(key_value).flatten(1, 2).transpose(1, 2).chunk(2, 1)
-        i, j = torch.arange(h * w, device=x.device) // w, torch.arange(h * w, device=x.device) % w
-        row, age = i[:, None] - i, (j + 2 * i)[:, None] - (j + 2 * i)
-        seen = (row >= 0) & (row < ATTENTION_ROWS) & (age >= 1) & (age <= ATTENTION_WAVES)
-        position = self.position[:, row.clamp(0, ATTENTION_ROWS - 1), (age - 1).clamp(0, ATTENTION_WAVES - 1)]
-        scores = self.scores(query, key, position).masked_fill(~seen, -torch.inf)
+        row = torch.arange(h * w, device=x.device) // w
+        wave = torch.arange(h * w, device=x.device) % w + 2 * row
+        found = []
+        for top in range(0, h, ATTENTION_ROWS):
+            first, bottom = max(0, top - ATTENTION_ROWS + 1), min(h, top + ATTENTION_ROWS)
+            here, window = slice(top * w, bottom * w), slice(first * w, bottom * w)
+            up, age = row[here, None] - row[window], wave[here, None] - wave[window]
+            seen = (up >= 0) & (up < ATTENTION_ROWS) & (age >= 1) & (age <= ATTENTION_WAVES)
+            position = self.position[:, up.clamp(0, ATTENTION_ROWS - 1), (age - 1).clamp(0, ATTENTION_WAVES - 1)]
+            scores = self.scores(query[:, :, here], key[:, :, window], position).masked_fill(~seen, -torch.inf)
+            found.append(self.attended(scores, value[:, :, window]))
+        return self.gate.sums(torch.cat(found, 2).transpose(1, 2).flatten(2).unflatten(1, (h, w)), level)
+
+    def attended(self, scores: Tensor, value: Tensor) -> Tensor:
+        """(B, heads, Q, c) activations. scores: (B, heads, Q, N) logits; value: (B, heads, N, c) activations."""
         if self.training:
-            out = dyadic.attend_smoothly(scores, value)
-        else:
-            in_steps = value.double() * 2.0**ACTIVATION_BITS
-            out = dyadic.attend(scores * 2.0**LOGIT_BITS, in_steps).to(x.dtype) * 2.0**-ACTIVATION_BITS
-        return self.gate.sums(out.transpose(1, 2).flatten(2).unflatten(1, (h, w)), level)
+            return dyadic.attend_smoothly(scores, value)
+        in_steps = value.double() * 2.0**ACTIVATION_BITS
+        return dyadic.attend(scores * 2.0**LOGIT_BITS, in_steps).to(value.dtype) * 2.0**-ACTIVATION_BITS
 
 
 class Units(NamedTuple):

@@ -23,8 +23,8 @@ them as one; of the sum only what single cells would overshoot by is cut off. A 
 squared error alone.
 
 Each code of a coarser grid moves so many pixels that such steps are far too long: there they are a fraction as long,
-and two will do. What is drawn then has finer codes that are guessed around the coarse ones, as the encoder will do it;
-the gradient takes them as fixed. That of the bits was of no use there.
+and two will do. What is drawn then has finer codes that are guessed around the coarse ones, at the full rate; the
+gradient takes them as fixed. That of the bits was of no use there.
 
 Fitted to single images in this spirit: Campos et al., "Content Adaptive Optimization for Neural Image Compression"
 (2019).
@@ -95,7 +95,7 @@ def refined_latents(
     base = None if context is None else model.base(k, context)
 
     def draw(indices: Tensor, codes: Tensor) -> Drawn:
-        """The picture of codes, and of those that the encoder would guess for the finer grids."""
+        """The picture of codes and of those that are guessed for the finer grids."""
         above, found = base, [*known, indices]
         for features in finer:
             n = len(found)

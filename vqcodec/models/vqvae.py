@@ -114,8 +114,8 @@ class Rates(NamedTuple):
 
 class Output(NamedTuple):
     """What training needs. x_hat: (B, 3, H, W); bits: (grids, n), by the priors, of the first n samples;
-    penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the latents from what a
-    fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
+    penalty: (B,), commitment, codebook and rate gradients, in bits; distance: (B,), in bits, of the finest latents from
+    what a fit makes of them, 0 without one; indices: (B, M, h, w) of each grid."""
 
     x_hat: Tensor
     bits: Tensor
@@ -350,7 +350,8 @@ class VQVAE(nn.Module):
                 weight: float | Tensor = rate_weight
                 if fit:
                     fitted, weight = fit(z, features[k + 1 :], context, known)
-                    distance = distance + (z - fitted).pow(2).sum((1, 2, 3))
+                    if self._finest(k):
+                        distance = (z - fitted).pow(2).sum((1, 2, 3))
                     z = fitted
                 index, straight, loss = self.quantize(k, z, condition, level, weight)
                 penalty = penalty + loss

@@ -151,7 +151,7 @@ def learns(name: str, model: VQVAE, stage: Stage) -> bool:
     if stage in ("vqvae", "joint"):
         return True
     if stage == "visual":
-        # Fitted latents have no gradients of the distortion for the encoder, only those of the rate: it would shrink.
+        # Fitted latents have no gradients for the encoder.
         return in_banks(name) and not (settled(model) and in_encoder(name))
     if stage == "finish":
         return not in_encoder(name)
@@ -240,6 +240,8 @@ def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, lambdas: Tensor, visual:
     """What the encoder does to latents of crops x (B, 3, H, W) in 0..1 at the default effort. lambdas: (B,); visual: as
     in ``refined_latents``."""
     pixels = (x * 255).round().to(torch.uint8)
+    cells = variance(pixels, model.config.grids[-1].stride)
+    common = 1 / visibility(cells, lambdas[:, None, None, None]) if visual else torch.ones_like(cells)
 
     def fit(
         z: Tensor, finer: Sequence[Tensor], context: Tensor | None, known: Sequence[Tensor]
@@ -247,12 +249,7 @@ def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, lambdas: Tensor, visual:
         z, context = z.detach(), None if context is None else context.detach()
         if not model.config.rate_constrained:
             return z, torch.zeros_like(z[:, :1])
-        cells = variance(pixels, model.config.grids[-1].stride)
-        weights = torch.ones_like(cells)
-        if visual:
-            weights = 1 / visibility(cells, lambdas[:, None, None, None])
-        elif not finer:
-            weights = rate_share(z)
+        weights = common if visual or finer else common * rate_share(z)
         bits, steps = lambdas * 255**2 / 3, EFFORTS[DEFAULT_EFFORT]
         finer = [features.detach() for features in finer]
         z = refined_latents(model, pixels, z, finer, context, level, bits, weights, steps, known, visual)
@@ -437,7 +434,8 @@ class Objective:
         x = batch.x if batch.x.is_floating_point() else batch.x.float() / 255
         pixels = x[0, 0].numel()
         dropped = torch.rand(len(x), device=self.device) < DROPPED
-        with torch.autocast(self.device.type, torch.bfloat16):
+        # What a fit does without gradients must not leave weights without gradients in the cache.
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.fitted):
             fit = None
             if self.fitted and not given:
                 fit = encoder_fit(self.model, x, level, self.lambdas[level], visual)
