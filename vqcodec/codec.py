@@ -304,7 +304,7 @@ class PictureEncoder:
         self.size = self.height, self.width
         self.cells = codec.indices.weights.shape(0, *self.size)
         # Without rate the nearest codes are what was asked for.
-        self.steps = EFFORTS[effort] if codec.model.config.rate_constrained else 0
+        self.steps = EFFORTS[effort if codec.model.config.rate_constrained else 0]
         picture = self.picture
         self.alpha = None if picture.alpha is None else pack_alpha(picture.alpha)
         equal = (picture.pixels == picture.pixels[..., :1]).all()
@@ -337,12 +337,12 @@ class PictureEncoder:
         header = Header(level + 1, self.width, self.height, self.colour, codec.fingerprint, self.visual)
         row = codec.indices.weights.row(header)
         analysis = 0 if self._analysed(row) else ANALYSIS
-        fit = FIT_STEP * refine.COARSE_STEPS if self.steps else 0
-        coarse = (len(codec.model.codebooks) - 1) * (fit + COARSE_WALK + CONTEXT + LATENTS)
+        coarse = self.steps.coarser * FIT_STEP + COARSE_WALK + CONTEXT + LATENTS
+        grids = (len(codec.model.codebooks) - 1) * coarse + self.steps.finest * FIT_STEP + WALK
         # To say nothing about flat blocks in coarse grids, too, halves the bytes beside strong colours, but costs some
         # beside white: what is next to them is easier to guess then.
         ways = (False, True) if self.unseen is not None and self.unseen.mean() >= MOSTLY_FLAT else (False,)
-        stages = Stages(progress, analysis + len(ways) * (coarse + self.steps * FIT_STEP + WALK))
+        stages = Stages(progress, analysis + len(ways) * grids)
         with inference(codec.device):
             self._analyse(row, stages.next(analysis))
         found = [self._coded(row, rate_weight, blank, stages, last and blank == ways[-1]) for blank in ways]
@@ -388,9 +388,8 @@ class PictureEncoder:
                     self._features[k] = None
                 if k == finest and not self.visual:  # whose weights do as much
                     rate_weights = rate_weights * self._rate_share(z)
-                if self.steps:
-                    tell = stages.next(FIT_STEP * (self.steps if k == finest else refine.COARSE_STEPS))
-                    z = self._fitted(z, context, rate_weights, tell)
+                if steps := self.steps.finest if k == finest else self.steps.coarser:
+                    z = self._fitted(z, context, rate_weights, steps, stages.next(steps * FIT_STEP))
                 if k == finest:
                     context = None  # one of the largest of what is in memory
                 latents = z[0].permute(1, 2, 0).float().cpu().numpy()
@@ -486,7 +485,9 @@ class PictureEncoder:
             halo = model.config.halo(k, "features")
             self._features[:0] = codec.tiled(features, halo, self.cells, source, progress=tell)
 
-    def _fitted(self, z: Tensor, context: Tensor | None, rate_weights: Tensor, progress: Progress | None) -> Tensor:
+    def _fitted(
+        self, z: Tensor, context: Tensor | None, rate_weights: Tensor, steps: int, progress: Progress | None
+    ) -> Tensor:
         """Latents of the next grid, fitted to the picture and to the coarser grids that there are."""
         model, k = self.codec.model, len(self.grids)
         assert self._row is not None
@@ -495,10 +496,9 @@ class PictureEncoder:
 
         def fit(x: Tensor, z: Tensor, weights: Tensor, context: Tensor | None, *rest: Tensor) -> list[Tensor]:
             known, finer = rest[:k], rest[k:]
-            fitted = refine.refined_latents(
-                model, x, z, finer, context, number, bits, weights, self.steps, known, self.visual
-            )
-            return [fitted]
+            return [
+                refine.refined_latents(model, x, z, finer, context, number, bits, weights, steps, known, self.visual)
+            ]
 
         sources = [self._pixels, z, rate_weights, context, *map(_tensor, self.grids), *self._features[k + 1 :]]
         tiled = TiledNetwork(fit, sources, model.config.halo(k, "fit"))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 SHIPPED = Path(__file__).parent / "weights" / "vqcodec.safetensors"
 
@@ -15,7 +15,16 @@ DEFAULT_TUNE: Tune = "visual"
 # Quality levels 1..8: from about 0.07 to 1.1 bits per pixel on photographs, a factor of 1.93 in lambda between levels.
 LAMBDAS = (0.0007, 0.00135, 0.00261, 0.00504, 0.00973, 0.0188, 0.0363, 0.07)
 BEST_QUALITY = len(LAMBDAS)
-EFFORTS = (0, 4, 6, 9)  # efforts 0..3: gradient steps of the finest latents towards what the very image needs
+
+
+class Steps(NamedTuple):
+    """Gradient steps of latents towards what the very image needs, of the finest grid and of the others."""
+
+    finest: int
+    coarser: int
+
+
+EFFORTS = (Steps(0, 0), Steps(4, 0), Steps(6, 2), Steps(9, 2))  # efforts 0..3
 
 # Pixels around a tile that the fit looks at. Of the finest grid on 8 validation crops in tiles of 256 pixels 32 cost as
 # much as 64 do, to 0.01 % of the bits, 16 cost 0.05 % and 0 cost 2 to 12 %.

@@ -47,7 +47,6 @@ LONGEST_STEP = 0.5  # of the way to e - g / 2, see ``_step_size`` and the model 
 STEP_LIMIT = 6.0  # of g / 2, in each channel: single cells overshoot
 RATE_LIMIT = 3.0  # of what the bits have in it
 LONGEST_COARSE_STEP, COARSE_STEP_LIMIT = 0.14, 3.0  # of grids that are not the finest
-COARSE_STEPS = 2
 KEPT = 0.4  # of the way to the codes of the last choice; 0.3 and 0.5 do as well
 RATES_LAST = 3  # steps until the prior is asked anew, from the second on
 VISUAL_SHARE = 0.5  # of the distance by SSIMULACRA 2; 0.7 does as well by it and costs more PSNR
@@ -74,9 +73,8 @@ def refined_latents(
 
     x: (B, 3, H, W) uint8, sides multiples of the stride; finer: features of the grids after this one, as ``analyse``
     gives them; level: (B,); bits: (B,), what a squared error of 1 in one sample of 0..1 costs; rate_weights: of the
-    finest grid's cells, (B, 1, h', w'), factors on the rates; steps: those of the finest grid; known: indices
-    (B, M, h, w) of the coarser grids as the walk chose them, and context what ``decode_grid`` makes of them; visual:
-    for the eye, not for squared error alone.
+    finest grid's cells, (B, 1, h', w'), factors on the rates; known: indices (B, M, h, w) of the coarser grids as the
+    walk chose them, and context what ``decode_grid`` makes of them; visual: for the eye, not for squared error alone.
     """
     # What was made in inference mode cannot take part in a backward pass.
     x, z, level, bits, rate_weights = (given.clone() for given in (x, z, level, bits, rate_weights))
@@ -84,7 +82,7 @@ def refined_latents(
     context = None if context is None else context.clone()
     k, longest, limit = len(known), LONGEST_STEP, STEP_LIMIT
     if finer:
-        steps, longest, limit = min(steps, COARSE_STEPS), LONGEST_COARSE_STEP, COARSE_STEP_LIMIT
+        longest, limit = LONGEST_COARSE_STEP, COARSE_STEP_LIMIT
     weights = F.avg_pool2d(rate_weights, rate_weights.shape[2] // z.shape[2])
     weight = bits[:, None, None, None] / 2
     eye = None

@@ -250,9 +250,10 @@ def encoder_fit(model: VQVAE, x: Tensor, level: Tensor, lambdas: Tensor, visual:
         if not model.config.rate_constrained:
             return z, torch.zeros_like(z[:, :1])
         weights = common if visual or finer else common * rate_share(z)
-        bits, steps = lambdas * 255**2 / 3, EFFORTS[DEFAULT_EFFORT]
-        finer = [features.detach() for features in finer]
-        z = refined_latents(model, pixels, z, finer, context, level, bits, weights, steps, known, visual)
+        bits, effort = lambdas * 255**2 / 3, EFFORTS[DEFAULT_EFFORT]
+        if steps := effort.coarser if finer else effort.finest:
+            finer = [features.detach() for features in finer]
+            z = refined_latents(model, pixels, z, finer, context, level, bits, weights, steps, known, visual)
         return z, F.avg_pool2d(weights, weights.shape[2] // z.shape[2])
 
     return fit
