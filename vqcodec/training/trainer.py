@@ -435,10 +435,11 @@ class Objective:
         x = batch.x if batch.x.is_floating_point() else batch.x.float() / 255
         pixels = x[0, 0].numel()
         dropped = torch.rand(len(x), device=self.device) < DROPPED
+        fitted = self.fitted and not given
         # What a fit does without gradients must not leave weights without gradients in the cache.
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not self.fitted):
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=not fitted):
             fit = None
-            if self.fitted and not given:
+            if fitted:
                 fit = encoder_fit(self.model, x, level, self.lambdas[level], visual)
             out = network(x, level, rate_weight(self.stage, step, self.config), dropped, fit, given)
         # What lies beyond black or white is clipped in the end; the gradient is taken as if it were not.
